@@ -1,0 +1,90 @@
+# Everything a stranger types. Each target sets up what it needs in .venv (made once, renewed when a requirements file
+# changes), so `make demo` and `make test` work on a bare machine with make and Python 3.11 or 3.12.
+#
+#   make PYTHON=/path/to/python3.12 ...   choose the interpreter
+#   make PIP_FLAGS="..." ...              options for pip, for instance the index of the CPU builds of PyTorch
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+VENV := .venv
+PY := $(VENV)/bin/python
+RUN_READY := $(VENV)/.requirements-installed
+DEV_READY := $(VENV)/.requirements-dev-installed
+PIP_FLAGS ?=
+
+TOKENIZER := tokenizer/caseops_8192.model
+DEMO := data/demo
+DEMO_DATASET := $(DEMO)/datasets/fineweb10B_sp8192_lossless_caps_caseops_v1_reserved
+DEMO_VAL_DOCS ?= 40
+
+.PHONY: help setup demo test lint size bench clean
+
+help:  ## print this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-6s %s\n", $$1, $$2}' Makefile
+
+setup: $(DEV_READY)  ## make .venv and install what runs, tests and lint need
+
+demo: $(DEMO)/.prepared  ## the whole pipeline on a small model and real text, on the CPU, in minutes
+	@rm -rf runs/demo
+	@PRESET=demo DATA_PATH=$(DEMO_DATASET) TOKENIZER_PATH=$(TOKENIZER) RUN_DIR=runs/demo $(PY) train_gpt.py
+	@$(PY) read_logs.py runs/demo
+
+test: $(DEV_READY)  ## all tests; those marked gpu skip themselves without a GPU
+	@$(PY) -m pytest -q
+
+lint: $(DEV_READY)  ## ruff over the whole folder
+	@$(PY) -m ruff check .
+
+size: $(RUN_READY)  ## bytes of the submission by part
+	@$(PY) train_gpt.py --size
+
+bench: $(RUN_READY)  ## throughput of the codec, of data preparation and of training
+	@for script in bench/bench_text.py bench/throughput.py; do \
+	  if [ -e $$script ]; then echo "== $$script"; $(PY) $$script; fi; done
+
+clean:  ## remove .venv, caches and the demo's output; records and other runs stay
+	rm -rf $(VENV) $(DEMO) runs/demo .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# ---- data of the demo ------------------------------------------------------------------------------------------------
+
+$(DEMO)/docs.jsonl: prepare_caseops_data.py | $(RUN_READY)
+	@echo "demo: collecting sample documents from this machine's Python"
+	@$(PY) prepare_caseops_data.py --sample $@
+
+$(DEMO)/.prepared: $(DEMO)/docs.jsonl $(TOKENIZER) lossless_caps.py | $(RUN_READY)
+	@echo "demo: documents to token shards"
+	@rm -rf $(DEMO)/datasets
+	@$(PY) prepare_caseops_data.py --docs $< --out $(DEMO) --sp $(TOKENIZER) --val-docs $(DEMO_VAL_DOCS)
+	@touch $@
+
+# ---- virtual environment ---------------------------------------------------------------------------------------------
+
+# A name on the PATH may be a stub that does not run, so candidates are tried, not looked up.
+FIND_PYTHON = for p in $(PYTHON) python3.12 python3.11 python3 /usr/bin/python3; do \
+  if "$$p" -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' 2>/dev/null; then echo "$$p"; break; fi; done
+
+# One progress line per package; pip's own bars need a terminal and its summary is long.
+pip_install = $(PY) -m pip install --disable-pip-version-check --progress-bar off $(PIP_FLAGS) -r $(1) \
+  | sed -u -n 's/^Collecting \([^ ]*\).*/  \1/p; s/^Installing collected.*/  unpacking/p'
+
+$(VENV)/.created:
+	@python=$$($(FIND_PYTHON)); \
+	if [ -z "$$python" ]; then echo "setup: Python 3.11 or 3.12 is needed and was not found; install it (Debian 12: apt install python3 python3-venv) or name it with make PYTHON=..." >&2; exit 1; fi; \
+	if ! "$$python" -c 'import ensurepip, venv' 2>/dev/null; then echo "setup: $$python cannot make virtual environments; install its venv module (Debian: apt install python3-venv) and run make again" >&2; exit 1; fi; \
+	echo "setup: virtual environment in $(VENV) with $$("$$python" --version) ($$python)"; \
+	"$$python" -m venv --clear $(VENV)
+	@touch $@
+
+$(RUN_READY): requirements.txt $(VENV)/.created
+	@echo "setup: installing requirements.txt (PyTorch is large; once only)"
+	@$(call pip_install,$<)
+	@touch $@
+
+$(DEV_READY): requirements-dev.txt $(RUN_READY)
+	@echo "setup: installing requirements-dev.txt (test and lint tools)"
+	@$(call pip_install,$<)
+	@touch $@

@@ -1,0 +1,38 @@
+"""The files around the code: requirements are pinned, and what CI runs is what the README tells a stranger to run."""
+
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+REQUIREMENTS = sorted(path.name for path in ROOT.glob("requirements*.txt"))
+
+
+def requirement_lines(name: str) -> list[str]:
+    lines = (line.split("#")[0].strip() for line in (ROOT / name).read_text().splitlines())
+    return [line for line in lines if line and not line.startswith("-r ")]
+
+
+@pytest.mark.parametrize("name", REQUIREMENTS)
+def test_every_requirement_is_pinned(name: str) -> None:
+    loose = [line for line in requirement_lines(name) if not re.match(r"[\w-]+(\[\w+\])?==[\w.]+(;.*)?$", line)]
+    assert requirement_lines(name)
+    assert loose == []
+
+
+def test_ci_runs_the_readme_test_command() -> None:
+    script = ROOT / ".ci" / "run"
+    commands = [line for line in script.read_text().splitlines() if line and not line.startswith(("#", "set ", "cd "))]
+    assert commands == ["exec make test"]
+    assert os.access(script, os.X_OK)
+    assert "make test" in (ROOT / "README.md").read_text()
+
+
+def test_make_help_lists_every_documented_target() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    phony = re.search(r"^\.PHONY: (.+)$", makefile, re.M).group(1).split()
+    listed = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert [line.split()[1] for line in listed.splitlines()] == phony
