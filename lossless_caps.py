@@ -33,7 +33,7 @@ CONTROLS = (TITLE, ALLCAPS, CAPNEXT, ESC)
 
 _ANY_CONTROL = re.compile("[\ue001-\ue004]")
 _CAPITALISED_WORD = re.compile("([A-Z][A-Za-z]*)")
-# What encoding turns an inner capital into before it is corrected: "iPhone" -> i T phone. In a finished encoding no word
+# What encoding turns an inner capital into before it is corrected: "iPhone" -> i T phone. In an encoding no word
 # mode follows a letter. The look-behind stands after the operator so that the search runs on a one-character prefix.
 _WORD_MODE_IN_WORD = re.compile("[\ue001\ue002](?<=[a-z].)[a-z\ue003]*")
 # The forms the encoder writes. ALLCAPS must not be followed by CAPNEXT (legal, but for the state machine).
