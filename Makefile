@@ -63,18 +63,26 @@ $(DEMO)/.prepared: $(DEMO)/docs.jsonl $(TOKENIZER) lossless_caps.py | $(RUN_READ
 
 # ---- virtual environment ---------------------------------------------------------------------------------------------
 
-# A name on the PATH may be a stub that does not run, so candidates are tried, not looked up.
-FIND_PYTHON = for p in $(PYTHON) python3.12 python3.11 python3 /usr/bin/python3; do \
-  if "$$p" -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' 2>/dev/null; then echo "$$p"; break; fi; done
+# $(call find_python,MODULES): the first interpreter of the right version that has these modules, or nothing. A name on the
+# PATH may be a stub that does not run, so candidates are tried, not looked up.
+find_python = for p in $(PYTHON) python3.12 python3.11 python3 /usr/bin/python3; do \
+  if "$$p" -c 'import sys, $(1); sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' 2>/dev/null; then \
+  echo "$$p"; break; fi; done
 
 # One progress line per package; pip's own bars need a terminal and its summary is long.
 pip_install = $(PY) -m pip install --disable-pip-version-check --progress-bar off $(PIP_FLAGS) -r $(1) \
   | sed -u -n 's/^Collecting \([^ ]*\).*/  \1/p; s/^Installing collected.*/  unpacking/p'
 
 $(VENV)/.created:
-	@python=$$($(FIND_PYTHON)); \
-	if [ -z "$$python" ]; then echo "setup: Python 3.11 or 3.12 is needed and was not found; install it (Debian 12: apt install python3 python3-venv) or name it with make PYTHON=..." >&2; exit 1; fi; \
-	if ! "$$python" -c 'import ensurepip, venv' 2>/dev/null; then echo "setup: $$python cannot make virtual environments; install its venv module (Debian: apt install python3-venv) and run make again" >&2; exit 1; fi; \
+	@python=$$($(call find_python,ensurepip)); \
+	if [ -z "$$python" ]; then \
+	  python=$$($(call find_python,os)); \
+	  if [ -n "$$python" ]; then echo "setup: $$python cannot make virtual environments; install its venv module" \
+	    "(Debian: apt install python3-venv) and run make again" >&2; \
+	  else echo "setup: Python 3.11 or 3.12 was not found; install it (Debian 12: apt install python3 python3-venv)" \
+	    "or name it with make PYTHON=..." >&2; fi; \
+	  exit 1; \
+	fi; \
 	echo "setup: virtual environment in $(VENV) with $$("$$python" --version) ($$python)"; \
 	"$$python" -m venv --clear $(VENV)
 	@touch $@
