@@ -63,7 +63,7 @@ $(DEMO)/.prepared: $(DEMO)/docs.jsonl $(TOKENIZER) lossless_caps.py | $(RUN_READ
 
 # ---- virtual environment ---------------------------------------------------------------------------------------------
 
-# $(call find_python,MODULES): the first interpreter of the right version that has these modules, or nothing. A name on the
+# $(call find_python,MODULE): the first interpreter of the right version that has this module, or nothing. A name on the
 # PATH may be a stub that does not run, so candidates are tried, not looked up.
 find_python = for p in $(PYTHON) python3.12 python3.11 python3 /usr/bin/python3; do \
   if "$$p" -c 'import sys, $(1); sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' 2>/dev/null; then \
@@ -71,7 +71,8 @@ find_python = for p in $(PYTHON) python3.12 python3.11 python3 /usr/bin/python3;
 
 # One progress line per package; pip's own bars need a terminal and its summary is long.
 pip_install = $(PY) -m pip install --disable-pip-version-check --progress-bar off $(PIP_FLAGS) -r $(1) \
-  | sed -u -n 's/^Collecting \([^ ]*\).*/  \1/p; s/^Installing collected.*/  unpacking/p'
+  | sed -u -n -E -e 's/^Collecting ([^ ]*).*/  \1/p; s|^Processing (.*/)?([^/ ]*).*|  \2|p' \
+  -e 's/^Installing collected.*/  unpacking/p'
 
 $(VENV)/.created:
 	@python=$$($(call find_python,ensurepip)); \
