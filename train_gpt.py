@@ -1,0 +1,3058 @@
+#!/usr/bin/env python3
+"""Parameter Golf in one file: tokens in, bits per byte out.
+
+Trains a language model for at most 600 s, packs it with this file into at most 16,000,000 bytes and scores it:
+
+    shards -> train -> EMA -> calibrate -> GPTQ -> pack -> (artifact) -> unpack -> evaluate -> phased TTT -> bits per byte
+
+    torchrun --standalone --nproc_per_node=8 train_gpt.py     the record run: every default is the record's value
+    PRESET=demo DATA_PATH=... python train_gpt.py             all parts at a size a laptop trains in minutes
+    python train_gpt.py --help                                every knob; each is an environment variable
+
+Contents
+     1. Imports and probes
+     2. Config
+     3. Runtime
+     4. Kernels
+     5. Data
+     6. Model
+     7. Optimizer
+     8. Evaluation
+     9. Training
+    10. Quantization
+    11. Packing
+    12. Test-time training
+    13. Pipeline
+
+Shapes are written (B, T, D): B rows, T positions, D width, H query heads, G key/value heads, K head dim, F hidden width
+of the MLP, V vocabulary, L layers, S visits (layers in the order they run, loops unrolled), R adapter rank, N documents.
+"""
+
+# --------------------------------------------------------------------------------------------------------------------
+# 1. IMPORTS AND PROBES: importing this file has no side effects and needs no GPU package
+# --------------------------------------------------------------------------------------------------------------------
+from __future__ import annotations
+
+import ast
+import contextlib
+import copy
+import difflib
+import fnmatch
+import glob
+import hashlib
+import importlib.util
+import inspect
+import io
+import itertools
+import json
+import lzma
+import math
+import os
+import platform
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # the CPU build of PyTorch comes without it
+    triton = None
+
+BOS = 1  # the <s> of the tokenizer: every document starts with it
+MICRO_STEPS = 8  # one optimizer step is 8 micro-batches, spread over 1, 2, 4 or 8 ranks
+ARTIFACT_LIMIT = 16_000_000  # bytes, code plus weights
+BUDGET_SECONDS = 600  # of training, and again of evaluation
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# 2. CONFIG: a knob is a typed field, its default the record's value, its comment the manual
+# --------------------------------------------------------------------------------------------------------------------
+class ConfigError(ValueError):
+    """What is wrong with the settings, one problem a line."""
+
+
+@dataclass(frozen=True)
+class Config:
+    # fmt: off
+    # Run and stages
+    preset: str = ""                     # replaces defaults: `demo`; variables that are set still win
+    seed: int = 42                       # of initialization, adapters and sampling; the record ran 42, 0 and 1234
+    run_id: str = ""                     # name of the run; empty: date, time and seed
+    run_dir: str = ""                    # folder of everything the run writes; empty: runs/{RUN_ID}
+    artifact_dir: str = ""               # the public script's name for RUN_DIR
+    from_stage: str = ""                 # start at calibrate, quantize, pack, evaluate or ttt from what RUN_DIR holds
+    resume: bool = False                 # continue training from the checkpoint in RUN_DIR
+    checkpoint_every: int = 1000         # steps between training checkpoints; 0: only when the run is stopped
+    save_pre_gptq: bool = False          # also write pre_gptq.pt: the averaged float weights as a plain state dict
+    eval_only_checkpoint: str = ""       # state dict to quantize, pack and score instead of training
+    eval_only_artifact: str = ""         # artifact to score; needs no training data
+    device: str = "auto"                 # auto, cuda or cpu
+    compute_dtype: str = "auto"          # activations: bfloat16 or float32; auto: bfloat16 on a GPU, float32 on a CPU
+    kernels: str = "auto"                # auto: the fastest that runs here; spec: plain PyTorch everywhere
+    attention: str = "auto"              # auto, fa3, fa4, varlen or sdpa
+    compile: str = "auto"                # torch.compile the blocks: auto (on a GPU), on or off
+
+    # Data
+    data_dir: str = "./data/"            # root of data sets and tokenizers
+    data_path: str = ""                  # folder with the shards; empty: the public place below DATA_DIR
+    tokenizer_path: str = ""             # SentencePiece model; empty: the public place below DATA_DIR
+    caseops_enabled: bool = True         # CaseOps shards with a byte sidecar; 0: plain SentencePiece shards, bytes by table
+    vocab_size: int = 8192               # must equal the tokenizer's
+
+    # Length and batch
+    iterations: int = 20000              # optimizer steps at most
+    max_wallclock_seconds: float = 600.0  # training budget; 0: none, schedules then follow the step count
+    gptq_reserve_seconds: float = 4.0    # part of that budget kept for calibration
+    train_batch_tokens: int = 786432     # tokens of an optimizer step, all ranks together
+    train_seq_len: int = 2048            # longer documents are cut into pieces of this many tokens
+    eval_seq_len: int = 2048             # the same for plain evaluation
+    val_batch_tokens: int = 524288       # tokens of eight evaluation rows; a row is what one forward pass takes
+    val_loss_every: int = 4000           # steps between validations during training; 0: only at the end
+    train_log_every: int = 500           # steps between lines of the training log
+    warmup_steps: int = 20               # untimed steps in each loop mode that prime the kernels; then all state rolls back
+    val_doc_fraction: float = 1.0        # share of the validation documents that TTT scores
+
+    # Model
+    num_layers: int = 11                 # physical layers
+    model_dim: int = 512                 # width D
+    num_heads: int = 8                   # query heads H
+    num_kv_heads: int = 4                # key/value heads G
+    mlp_mult: float = 4.0                # hidden width of the MLP over D
+    tie_embeddings: bool = True          # only 1: an untied head would need 4 MB more
+    tied_embed_init_std: float = 0.005   # normal initialization of the embedding
+    logit_softcap: float = 30.0          # logits = cap * tanh(logits / cap)
+    rope_base: float = 1e4               # rotary base
+    rope_dims: int = 16                  # rotated dimensions of each head
+    rope_yarn: bool = False              # stretch the rotary base for dense rows longer than TRAIN_SEQ_LEN
+    ln_scale: bool = True                # layer i sees its normed input times 1/sqrt(i+1)
+    qk_gain_init: float = 5.0            # initial gain of the normed queries
+    xsa_last_n: int = 11                 # last layers whose heads drop the component along their own value
+    skip_gates_enabled: bool = True      # gate the U-net skips; 0: add them
+    num_loops: int = 2                   # extra passes over the looped layers
+    loop_start: int = 3                  # first looped layer
+    loop_end: int = 5                    # last looped layer
+    enable_looping_at: float = 0.35      # fraction of training at which the loop starts
+    parallel_start_layer: int = 8        # from here attention and MLP run on two lanes; 0: never
+    parallel_final_lane: str = "mean"    # what leaves the lanes: mean, attn or mlp
+    gated_attn_enabled: bool = True      # sigmoid gate per head, read from the attention input
+    gated_attn_init_std: float = 0.005   # its initialization
+    attn_out_gate_enabled: bool = False  # narrow gate per head on the first GATE_WINDOW channels
+    attn_out_gate_src: str = "proj"      # what it reads: proj (the attention input) or q (the raw queries)
+    smear_gate_enabled: bool = False     # mix in the previous token's embedding, never across documents
+    gate_window: int = 12                # channels that the narrow gates read
+
+    # Optimizer
+    matrix_lr: float = 0.026             # Muon, all matrices
+    scalar_lr: float = 0.02              # AdamW, gains, scales and gates
+    tied_embed_lr: float = 0.03          # AdamW, embedding
+    min_lr: float = 0.0                  # floor of the learning-rate multiplier
+    warmdown_frac: float = 0.75          # last part of training over which the learning rate falls to MIN_LR
+    muon_momentum: float = 0.97          # Nesterov momentum
+    muon_momentum_warmup_start: float = 0.92  # momentum at the first step
+    muon_momentum_warmup_steps: int = 1500    # steps until MUON_MOMENTUM
+    muon_backend_steps: int = 5          # Newton-Schulz iterations
+    muon_row_normalize: bool = True      # scale rows to unit length before orthogonalizing
+    muon_wd: float = 0.095               # decoupled weight decay of the matrices
+    adam_wd: float = 0.02                # of the scalars
+    embed_wd: float = 0.085              # of the embedding
+    beta1: float = 0.9                   # AdamW
+    beta2: float = 0.95                  # AdamW
+    adam_eps: float = 1e-8               # AdamW
+    grad_clip_norm: float = 0.3          # norm of the whole gradient, averaged over ranks; 0: no clipping
+    ema_decay: float = 0.9965            # cap of the weight average's decay; it spans the last 1/18 of the steps done
+
+    # Quantization and packing
+    compressor: str = "brotli"           # brotli, lzma or zstd
+    gptq_calibration_batches: int = 16   # micro-batches of training text for the Hessians
+    matrix_bits: int = 6                 # matrices
+    embed_bits: int = 7                  # embedding
+    matrix_clip_sigmas: float = 12.85    # range in row standard deviations: matrices without an entry of their own
+    embed_clip_sigmas: float = 15.0      # embedding
+    mlp_clip_sigmas: float = 12.0        # MLP matrices
+    attn_clip_sigmas: float = 13.0       # attention matrices
+    gated_attn_quant_gate: bool = True   # store the head gates as int8 rows
+
+    # Test-time training
+    ttt_enabled: bool = True             # score with phased test-time training after the plain evaluation
+    ttt_lora_rank: int = 96              # rank R of the adapters
+    ttt_lora_lr: float = 1e-4            # adapter learning rate
+    ttt_chunk_size: int = 48             # tokens scored before each update
+    ttt_eval_seq_len: int = 2048         # context window
+    ttt_batch_size: int = 64             # documents side by side
+    ttt_grad_steps: int = 1              # updates per chunk
+    ttt_weight_decay: float = 0.5        # decoupled, adapters
+    ttt_beta1: float = 0.0               # Adam, or the momentum of sgd
+    ttt_beta2: float = 0.999             # Adam
+    ttt_k_lora: bool = True              # adapt keys
+    ttt_mlp_lora: bool = True            # bypass around the MLP
+    ttt_o_lora: bool = True              # bypass around the attention
+    ttt_optimizer: str = "adam"          # adam or sgd
+    ttt_eval_batches: str = ""           # score only these batches (1-based numbers, by ascending length): a debugging aid
+    phased_ttt_prefix_docs: int = 2000   # documents, longest first, that the base model also learns from
+    phased_ttt_num_phases: int = 3       # times it does so, each after scoring a further share of them
+    global_ttt_lr: float = 1e-3          # its learning rate, falling along a cosine
+    global_ttt_momentum: float = 0.9     # its momentum, fresh in every phase
+    global_ttt_epochs: int = 1           # passes over each chunk of text
+    global_ttt_chunk_tokens: int = 32768  # text of one step of that schedule
+    global_ttt_batch_seqs: int = 32      # sequences per rank and optimizer step
+    global_ttt_warmup_start_lr: float = 0.0  # where a linear warm-up starts
+    global_ttt_warmup_chunks: int = 0    # chunks it takes
+    global_ttt_grad_clip: float = 1.0    # gradient norm
+    global_ttt_respect_doc_boundaries: bool = True  # attention stays inside documents
+    # fmt: on
+
+    @property
+    def micro_batch_tokens(self) -> int:
+        return self.train_batch_tokens // MICRO_STEPS
+
+    @property
+    def val_row_tokens(self) -> int:
+        return max(self.val_batch_tokens // MICRO_STEPS // self.eval_seq_len, 1) * self.eval_seq_len
+
+    @property
+    def head_dim(self) -> int:
+        return self.model_dim // self.num_heads
+
+    @property
+    def hidden_dim(self) -> int:
+        return int(self.mlp_mult * self.model_dim)
+
+    @property
+    def shard_dir(self) -> Path:
+        if self.data_path:
+            return Path(self.data_path)
+        root = Path(self.data_dir) / "datasets"
+        if not self.caseops_enabled:
+            return root / f"fineweb10B_sp{self.vocab_size}"
+        return root / "fineweb10B_sp8192_caseops/datasets/datasets/fineweb10B_sp8192_lossless_caps_caseops_v1_reserved"
+
+    @property
+    def tokenizer_file(self) -> Path:
+        if self.tokenizer_path:
+            return Path(self.tokenizer_path)
+        root = Path(self.data_dir)
+        if not self.caseops_enabled:
+            return root / f"tokenizers/fineweb_{self.vocab_size}_bpe.model"
+        name = "fineweb_8192_bpe_lossless_caps_caseops_v1_reserved.model"
+        return root / "datasets/fineweb10B_sp8192_caseops/datasets/tokenizers" / name
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "demo": dict(
+        num_layers=6, model_dim=128, num_heads=4, num_kv_heads=2, mlp_mult=3.0, loop_start=2, loop_end=3, num_loops=1,
+        parallel_start_layer=4, xsa_last_n=6, iterations=200, max_wallclock_seconds=0.0, train_batch_tokens=4096,
+        train_seq_len=512, eval_seq_len=512, val_batch_tokens=32768, val_loss_every=0, train_log_every=20,
+        warmup_steps=1, checkpoint_every=60, muon_momentum_warmup_steps=80, gptq_calibration_batches=8,
+        ttt_eval_seq_len=512, ttt_lora_rank=8, ttt_lora_lr=2e-3, ttt_batch_size=16, phased_ttt_prefix_docs=24,
+        global_ttt_chunk_tokens=4096,
+    ),
+}  # fmt: skip
+
+RETIRED = {  # names of the public script that never did, or no longer do, anything
+    "EVAL_STRIDE": "no evaluation used it",
+    "ROPE_TRAIN_SEQ_LEN": "ROPE_YARN uses TRAIN_SEQ_LEN",
+    "EMBED_LR": "only an untied embedding used it; set TIED_EMBED_LR",
+    "CONTROL_TENSOR_NAME_PATTERNS": "the ROLES table decides what trains how",
+}
+
+BOOLEANS = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
+
+
+def parse_knob(name: str, kind: str, text: str) -> Any:
+    """One environment value as bool, int, float or str. Raises ValueError with a sentence."""
+    try:
+        return {"bool": lambda: BOOLEANS[text.strip().lower()], "int": lambda: int(text.replace("_", "")),
+                "float": lambda: float(text), "str": lambda: text}[kind]()  # fmt: skip
+    except (KeyError, ValueError):
+        want = {"bool": "0 or 1", "int": "a whole number", "float": "a number"}[kind]
+        raise ValueError(f"{name}={text!r}: give {want}") from None
+
+
+def misspelt(env: Mapping[str, str], known: set[str]) -> list[str]:
+    """Sentences for variables that look like a knob but are none."""
+    rows = []
+    for name in sorted(set(env) - known):
+        close = difflib.get_close_matches(name, known, n=1, cutoff=0.85)
+        if close:
+            rows.append(f"{name} is not a knob; did you mean {close[0]}? (unset {name} if it is meant for another program)")
+    return rows
+
+
+def load_config(env: Mapping[str, str]) -> Config:
+    """The settings that `env` (names in upper case) asks for. Raises ConfigError naming every problem at once."""
+    knobs = {f.name.upper(): f for f in fields(Config)}
+    problems = misspelt(env, set(knobs) | set(RETIRED))
+    preset = env.get("PRESET", "")
+    if preset and preset not in PRESETS:
+        problems.append(f"PRESET={preset!r}: there is only {', '.join(PRESETS)}")
+    values: dict[str, Any] = dict(PRESETS.get(preset, {}))
+    for name in sorted(knobs.keys() & env.keys()):
+        try:
+            values[knobs[name].name] = parse_knob(name, str(knobs[name].type), env[name])
+        except ValueError as e:
+            problems.append(str(e))
+    cfg = Config(**values)
+    problems += [sentence for bad, sentence in config_rules(cfg) if bad]
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return cfg
+
+
+def config_rules(c: Config) -> list[tuple[bool, str]]:
+    """(is it broken, what to do) for every setting that would fail late, be ignored or change the result silently."""
+    choices = dict(
+        device=("auto", "cuda", "cpu"), compute_dtype=("auto", "bfloat16", "float32"), kernels=("auto", "spec"),
+        attention=("auto", *ATTENTION_KINDS), compile=("auto", "on", "off"), parallel_final_lane=("mean", "attn", "mlp"),
+        attn_out_gate_src=("proj", "q"), compressor=tuple(COMPRESSORS), ttt_optimizer=("adam", "sgd"),
+        from_stage=("", *STAGES[1:]),
+    )  # fmt: skip
+    rules = [
+        (getattr(c, k) not in allowed, f"{k.upper()}={getattr(c, k)!r}: choose one of {', '.join(a for a in allowed if a)}")
+        for k, allowed in choices.items()
+    ]
+    positive = ("iterations train_batch_tokens train_seq_len eval_seq_len val_batch_tokens num_layers model_dim num_heads "
+                "num_kv_heads vocab_size ttt_chunk_size ttt_eval_seq_len ttt_batch_size ttt_lora_rank ttt_grad_steps "
+                "phased_ttt_num_phases gptq_calibration_batches global_ttt_chunk_tokens global_ttt_batch_seqs "
+                "global_ttt_epochs logit_softcap mlp_mult rope_dims gate_window muon_backend_steps").split()  # fmt: skip
+    rules += [(getattr(c, k) <= 0, f"{k.upper()} must be above 0, not {getattr(c, k)}") for k in positive]
+    if any(bad for bad, _ in rules):
+        return rules  # the rules below divide by these
+    in_lanes = c.num_loops > 0 and 0 < c.parallel_start_layer <= c.loop_end
+    return rules + [
+        (not c.tie_embeddings, "TIE_EMBEDDINGS=0: an untied head has no optimizer and does not fit; set it to 1"),
+        (c.train_batch_tokens % MICRO_STEPS != 0, f"TRAIN_BATCH_TOKENS must be divisible by {MICRO_STEPS}"),
+        (c.micro_batch_tokens < c.train_seq_len, "TRAIN_BATCH_TOKENS / 8 must be at least TRAIN_SEQ_LEN"),
+        (c.model_dim % c.num_heads != 0, "MODEL_DIM must be divisible by NUM_HEADS"),
+        (c.num_heads % c.num_kv_heads != 0, "NUM_HEADS must be divisible by NUM_KV_HEADS"),
+        (c.rope_dims % 2 == 1 or c.rope_dims > c.head_dim, f"ROPE_DIMS must be even and at most {c.head_dim}"),
+        (c.num_loops < 0, "NUM_LOOPS must be 0 or more"),
+        (c.num_loops > 0 and not 0 <= c.loop_start <= c.loop_end < c.num_layers,
+         f"LOOP_START..LOOP_END must lie in 0..{c.num_layers - 1}"),
+        (in_lanes, "a looped layer in the two-lane part loses a branch: set LOOP_END below PARALLEL_START_LAYER"),
+        (c.gate_window > c.model_dim, "GATE_WINDOW must be at most MODEL_DIM"),
+        (c.ttt_eval_seq_len < c.ttt_chunk_size, "TTT_EVAL_SEQ_LEN must be at least TTT_CHUNK_SIZE"),
+        (c.global_ttt_chunk_tokens < c.eval_seq_len, "GLOBAL_TTT_CHUNK_TOKENS must be at least EVAL_SEQ_LEN"),
+        (not 2 <= c.matrix_bits <= 8 or not 2 <= c.embed_bits <= 8, "MATRIX_BITS and EMBED_BITS must lie in 2..8"),
+        (not 0 < c.val_doc_fraction <= 1, "VAL_DOC_FRACTION must lie in (0, 1]"),
+        (not 0 <= c.ema_decay < 1, "EMA_DECAY must lie in [0, 1)"),
+        (c.warmdown_frac <= 0, "WARMDOWN_FRAC must be above 0"),
+        (0 < c.max_wallclock_seconds <= c.gptq_reserve_seconds, "MAX_WALLCLOCK_SECONDS must exceed GPTQ_RESERVE_SECONDS"),
+        (bool(c.run_dir and c.artifact_dir), "RUN_DIR and ARTIFACT_DIR mean the same: set one"),
+        (bool(c.from_stage or c.resume) and not (c.run_dir or c.artifact_dir), "FROM_STAGE and RESUME need RUN_DIR"),
+        (bool(c.eval_only_checkpoint) + bool(c.eval_only_artifact) + bool(c.from_stage) + c.resume > 1,
+         "choose one of EVAL_ONLY_CHECKPOINT, EVAL_ONLY_ARTIFACT, FROM_STAGE and RESUME"),
+        (any(not b.strip().isdigit() for b in c.ttt_eval_batches.split(",")) and c.ttt_eval_batches != "",
+         f"TTT_EVAL_BATCHES={c.ttt_eval_batches!r}: give batch numbers like 5,250,500"),
+    ]  # fmt: skip
+
+
+def manual() -> list[tuple[str, str, str, str]]:
+    """(section, knob, default, explanation) of every knob, read from the comments of Config."""
+    section, rows = "", []
+    try:
+        lines = inspect.getsource(Config).splitlines()
+    except OSError:
+        lines = []
+    comments = {}
+    for line in lines:
+        if m := re.match(r"    # ([A-Z].*)$", line):
+            section = m[1]
+        elif m := re.match(r"    (\w+): \w+ = .*?  # (.*)$", line):
+            comments[m[1]] = (section, m[2])
+    for f in fields(Config):
+        default = int(f.default) if isinstance(f.default, bool) else f.default
+        where, text = comments.get(f.name, ("", ""))
+        rows.append((where, f.name.upper(), str(default), text))
+    return rows
+
+
+def print_help() -> None:
+    print(__doc__ or "train_gpt.py: every knob is an environment variable")
+    last = None
+    for section, name, default, text in manual():
+        if section != last:
+            print(f"\n{section}")
+            last = section
+        print(f"  {name:<36}{default or '(empty)':<10} {text}")
+    for name, values in PRESETS.items():
+        print(f"\nPRESET={name}: " + " ".join(f"{k.upper()}={v}" for k, v in values.items()))
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# 3. RUNTIME: ranks, clocks, the run folder, and every check that can fail before the work starts
+# --------------------------------------------------------------------------------------------------------------------
+class Stop(SystemExit):
+    """Ends the run with one sentence on the console; raise it on every rank."""
+
+    def __init__(self, sentence: str, code: int = 1):
+        super().__init__(code)
+        self.sentence = sentence
+
+
+# PyTorch is renaming these two; both names do the same.
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+@dataclass
+class Run:
+    """This process's place among the ranks, its device, and the run folder that rank 0 writes."""
+
+    rank: int
+    world: int
+    device: torch.device
+    dtype: torch.dtype
+    store: Any
+    folder: Path | None = None
+    started: float = field(default_factory=time.monotonic)
+    stop_signal: int = 0
+    _progress_at: float = 0.0
+
+    @property
+    def main(self) -> bool:
+        return self.rank == 0
+
+    def log(self, text: str = "", console: bool = True) -> None:
+        if self.main and console:
+            print(text, flush=True)
+        if self.main and self.folder:
+            with open(self.folder / "log.txt", "a") as f:
+                f.write(text + "\n")
+
+    def metric(self, kind: str, **values: Any) -> None:
+        """Appends one line to metrics.jsonl."""
+        if self.main and self.folder:
+            row = {"kind": kind, "t": round(time.monotonic() - self.started, 3), **values}
+            with open(self.folder / "metrics.jsonl", "a") as f:
+                f.write(json.dumps(row) + "\n")
+
+    def progress(self, what: str, done: float, total: float, since: float) -> None:
+        """At most one line every two seconds, with the time that is left at the speed so far."""
+        now = time.monotonic()
+        if now - self._progress_at < 2 or done <= 0:
+            return
+        self._progress_at = now
+        left = (now - since) * (total - done) / done
+        self.log(f"  {what}: {done / total:.0%} eta {left:.0f}s")
+
+    def agree(self, *values: float) -> list[float]:
+        """The largest value over the ranks, element by element; host side, so the GPU queue keeps running."""
+        box = torch.tensor(values, dtype=torch.float64)
+        if self.world > 1:
+            dist.all_reduce(box, dist.ReduceOp.MAX)
+        return box.tolist()
+
+    def sum(self, x: Tensor) -> Tensor:
+        if self.world > 1:
+            dist.all_reduce(x)
+        return x
+
+    def gather(self, value: Any) -> list[Any]:
+        """One small Python object per rank, in rank order, on every rank."""
+        box: list[Any] = [None] * self.world
+        dist.all_gather_object(box, value)
+        return box
+
+    def same(self, value: Any) -> Any:
+        """Rank 0's object, everywhere."""
+        box = [value]
+        dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+        return box[0]
+
+    def barrier(self) -> None:
+        self.agree(0.0)
+
+    def sync(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def peak_memory_mib(self) -> int:
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated() >> 20
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+
+    @contextlib.contextmanager
+    def stage(self, name: str) -> Iterator[dict[str, float]]:
+        """Times a stage on all ranks; the yielded dict holds its seconds afterwards."""
+        clock: dict[str, float] = {}
+        self.barrier()
+        began = time.monotonic()
+        yield clock
+        self.sync()
+        self.barrier()
+        clock["seconds"] = time.monotonic() - began
+        self.metric("stage", name=name, seconds=round(clock["seconds"], 3))
+        self.log(f"stage {name}: {clock['seconds']:.1f}s")
+
+    def save(self, name: str, write: Callable[[Any], None]) -> None:
+        """Rank 0 writes a file of the run folder, whole or not at all."""
+        if self.main:
+            write_atomically(self.folder / name, write)
+        self.barrier()
+
+
+def write_atomically(path: Path, write: Callable[[Any], None]) -> None:
+    """`write(file)` into a temporary file beside `path`, then fsync and rename."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(scratch, "wb") as f:
+            write(f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(scratch, path)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def start_run(cfg: Config) -> Run:
+    """Joins the process group (there always is one), picks device and dtype, opens the run folder."""
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        store, rank, world = next(dist.rendezvous("env://"))
+    else:
+        store, rank, world = dist.HashStore(), 0, 1
+    cuda = cfg.device == "cuda" or (cfg.device == "auto" and torch.cuda.is_available())
+    if cuda and not torch.cuda.is_available():
+        raise Stop("DEVICE=cuda, but PyTorch sees no GPU: install a CUDA build, or set DEVICE=cpu", 2)
+    if MICRO_STEPS % world:
+        raise Stop(f"{world} processes: choose 1, 2, 4 or {MICRO_STEPS}, so that they share {MICRO_STEPS} micro-batches", 2)
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    device = torch.device("cuda", local) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+        # bf16 operands have fewer mantissa bits than TF32: for them TF32 products are exact.
+        torch.backends.cuda.matmul.allow_tf32 = True
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=rank, world_size=world)
+    dtype = {"auto": torch.bfloat16 if cuda else torch.float32, "bfloat16": torch.bfloat16, "float32": torch.float32}
+    run = Run(rank, world, device, dtype[cfg.compute_dtype], store)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda n, _: on_signal(run, n))
+    seed_everything(cfg.seed)
+    run_id = cfg.run_id or time.strftime("%Y%m%d-%H%M%S") + f"-seed{cfg.seed}"
+    run.folder = Path(run.same(str(cfg.run_dir or cfg.artifact_dir or f"runs/{run_id}")))
+    open_folder(run)
+    return run
+
+
+def on_signal(run: Run, number: int) -> None:
+    """The first signal asks the training loop for a checkpoint; a second one ends the process at once."""
+    if run.stop_signal or number == 0:
+        raise KeyboardInterrupt
+    run.stop_signal = number
+
+
+def open_folder(run: Run) -> None:
+    problem = ""
+    if run.main:
+        try:
+            run.folder.mkdir(parents=True, exist_ok=True)
+            write_atomically(run.folder / "probe", lambda f: f.write(b"x"))
+            (run.folder / "probe").unlink()
+        except OSError as e:
+            problem = f"cannot write to the run folder {run.folder}: {e.strerror}; set RUN_DIR to a writable one"
+    if problem := run.same(problem):
+        raise Stop(problem, 2)
+
+
+def seed_everything(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def preflight(cfg: Config, run: Run, needs_training_data: bool) -> None:
+    """Every check that needs no model, on rank 0, all problems at once. Raises Stop on every rank."""
+    problems = list(environment_problems(cfg, run)) if run.main else []
+    if run.main:
+        problems += list(data_problems(cfg, needs_training_data))
+    if problems := run.same(problems):
+        raise Stop("\n".join(["cannot start:", *(f"  - {p}" for p in problems)]), 2)
+
+
+def environment_problems(cfg: Config, run: Run) -> Iterator[str]:
+    wanted = {"sentencepiece": "sentencepiece", "brotli": "brotli", "python_minifier": "python-minifier"}
+    if cfg.compressor == "zstd":
+        wanted["zstandard"] = "zstandard"
+    if cfg.eval_only_artifact:
+        wanted.pop("python_minifier")
+    for module, package in wanted.items():
+        if importlib.util.find_spec(module) is None:
+            yield f"the package {package} is missing: pip install {package}"
+    # weights and their average in float32, both optimizer states, and the artifact
+    need = 6 * 4 * estimated_parameters(cfg) + 2 * ARTIFACT_LIMIT
+    free = shutil.disk_usage(run.folder).free
+    if free < need:
+        yield f"{run.folder} has {free >> 20} MiB free and the run may write {need >> 20}: free some or set RUN_DIR"
+    if run.device.type == "cuda":
+        free, total = torch.cuda.mem_get_info()
+        if free < 0.8 * total:
+            yield f"another process holds {(total - free) >> 20} MiB of this GPU: end it first"
+
+
+def estimated_parameters(cfg: Config) -> int:
+    d, kv = cfg.model_dim, cfg.num_kv_heads * cfg.head_dim
+    return cfg.vocab_size * d + cfg.num_layers * (2 * d * d + 2 * kv * d + 2 * d * cfg.hidden_dim)
+
+
+def data_problems(cfg: Config, needs_training_data: bool) -> Iterator[str]:
+    """Missing, broken or too small shards, and a tokenizer or sidecar that does not belong to them."""
+    val, sidecar, train = val_files(cfg), sidecar_files(cfg), train_files(cfg)
+    if not val:
+        yield f"no fineweb_val_*.bin in {cfg.shard_dir}: set DATA_PATH, or make shards with prepare_caseops_data.py"
+    if cfg.caseops_enabled and len(sidecar) != len(val):
+        yield f"{len(val)} validation shards but {len(sidecar)} byte sidecars (fineweb_val_bytes_*.bin) in {cfg.shard_dir}"
+    if needs_training_data and not train:
+        yield f"no fineweb_train_*.bin in {cfg.shard_dir}: set DATA_PATH"
+    sizes = {}
+    for path in val + sidecar + (train if needs_training_data else []):
+        try:
+            sizes[path] = len(read_shard(path))
+        except (OSError, ValueError) as e:
+            yield str(e)
+    for tokens, counts in zip(val, sidecar, strict=False):
+        if sizes.get(tokens) != sizes.get(counts):
+            yield f"{counts} has {sizes.get(counts)} entries but {tokens} has {sizes.get(tokens)} tokens: prepare both again"
+    need = cfg.train_batch_tokens + MICRO_STEPS
+    if needs_training_data and train and all(sizes.get(p, 0) < need for p in train):
+        yield f"no training shard holds one step of {need} tokens: make larger shards or lower TRAIN_BATCH_TOKENS"
+    yield from tokenizer_problems(cfg)
+
+
+def tokenizer_problems(cfg: Config) -> Iterator[str]:
+    if not cfg.tokenizer_file.is_file():
+        yield f"no tokenizer at {cfg.tokenizer_file}: set TOKENIZER_PATH"
+    elif importlib.util.find_spec("sentencepiece"):
+        size = load_tokenizer(cfg).vocab_size()
+        if size != cfg.vocab_size:
+            yield f"{cfg.tokenizer_file} has {size} pieces but VOCAB_SIZE is {cfg.vocab_size}"
+
+
+def load_tokenizer(cfg: Config) -> Any:
+    import sentencepiece
+
+    return sentencepiece.SentencePieceProcessor(model_file=str(cfg.tokenizer_file))
+
+
+def git_commit() -> str:
+    try:
+        here = Path(__file__).resolve().parent
+        return subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True).stdout.strip()
+    except (OSError, NameError):
+        return ""
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# 4. KERNELS: the specification in plain PyTorch first, the fused version under it, one chooser at the end
+# --------------------------------------------------------------------------------------------------------------------
+class Docs(NamedTuple):
+    """Where packed documents begin and end in a row of T tokens."""
+
+    cu_seqlens: Tensor  # int32, ascending from 0 to T, padded with T to a fixed length
+    max_len: int  # no piece is longer
+
+
+def rms(x: Tensor) -> Tensor:
+    """x over its root mean square along the last dimension, no gain (arXiv 1910.07467)."""
+    # One epsilon for every dtype: PyTorch's default for bfloat16 is 0.0078, which would shrink small inputs.
+    return F.rms_norm(x, (x.size(-1),), eps=1.2e-7)
+
+
+def dense_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Causal attention of whole rows. q (B, T, H, K), k and v (B, T, G, K) -> (B, T, H, K)."""
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    grouped = q.size(1) != k.size(1)
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped).transpose(1, 2)
+
+
+def attention_sdpa(q: Tensor, k: Tensor, v: Tensor, docs: Docs) -> Tensor:
+    """Specification of packed attention: each piece attends to itself alone. q (T, H, K), k and v (T, G, K)."""
+    edges = sorted(set(docs.cu_seqlens.tolist()))
+    pieces = [dense_attention(q[None, a:b], k[None, a:b], v[None, a:b]) for a, b in itertools.pairwise(edges)]
+    return torch.cat(pieces, dim=1)[0]
+
+
+def attention_varlen(q: Tensor, k: Tensor, v: Tensor, docs: Docs) -> Tensor:
+    """PyTorch's own varlen kernel (FlashAttention-2)."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    known = inspect.signature(varlen_attn).parameters
+    causal = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
+    grouped = {"enable_gqa": True} if "enable_gqa" in known else {}
+    cu = docs.cu_seqlens
+    return varlen_attn(q, k, v, cu, cu, docs.max_len, docs.max_len, **causal, **grouped)
+
+
+def attention_fa3(q: Tensor, k: Tensor, v: Tensor, docs: Docs) -> Tensor:
+    """FlashAttention-3 (arXiv 2407.08608), Hopper."""
+    from flash_attn_interface import flash_attn_varlen_func
+
+    cu, n = docs.cu_seqlens, docs.max_len
+    out = flash_attn_varlen_func(q, k, v, cu_seqlens_q=cu, cu_seqlens_k=cu, max_seqlen_q=n, max_seqlen_k=n, causal=True)
+    return out[0] if isinstance(out, tuple) else out
+
+
+# FlashAttention-4 builds its kernels at run time, which torch.compile cannot trace: as custom ops with a shape rule
+# (`register_fake`) each is one opaque node. Explicit schemas survive the stripping of annotations.
+@torch.library.custom_op(
+    "golf::fa4_forward", mutates_args=(), schema="(Tensor q, Tensor k, Tensor v, Tensor cu, int n) -> (Tensor, Tensor)"
+)
+def fa4_forward(q, k, v, cu, n):
+    from flash_attn.cute.interface import _flash_attn_fwd
+
+    out, lse, *_ = _flash_attn_fwd(
+        q, k, v, cu_seqlens_q=cu, cu_seqlens_k=cu, max_seqlen_q=n, max_seqlen_k=n, causal=True, return_lse=True
+    )
+    return out, lse
+
+
+@fa4_forward.register_fake
+def _(q, k, v, cu, n):
+    return torch.empty_like(q), q.new_empty((q.size(1), q.size(0)), dtype=torch.float32)
+
+
+@torch.library.custom_op(
+    "golf::fa4_backward",
+    mutates_args=(),
+    schema="(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor cu, int n)"
+    " -> (Tensor, Tensor, Tensor)",
+)
+def fa4_backward(grad, q, k, v, out, lse, cu, n):
+    from flash_attn.cute.interface import _flash_attn_bwd
+
+    dq, dk, dv, *_ = _flash_attn_bwd(
+        q, k, v, out, grad, lse, causal=True, cu_seqlens_q=cu, cu_seqlens_k=cu, max_seqlen_q=n, max_seqlen_k=n
+    )
+    return dq, dk, dv
+
+
+@fa4_backward.register_fake
+def _(grad, q, k, v, out, lse, cu, n):
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+
+
+def _fa4_setup(ctx, inputs, output):
+    q, k, v, cu, ctx.max_len = inputs
+    ctx.save_for_backward(q, k, v, *output, cu)
+
+
+def _fa4_gradient(ctx, grad, _):
+    q, k, v, out, lse, cu = ctx.saved_tensors
+    return *fa4_backward(grad.contiguous(), q, k, v, out, lse, cu, ctx.max_len), None, None
+
+
+fa4_forward.register_autograd(_fa4_gradient, setup_context=_fa4_setup)
+
+
+def attention_fa4(q: Tensor, k: Tensor, v: Tensor, docs: Docs) -> Tensor:
+    """FlashAttention-4 (the flash-attn-4 package, CuTe DSL), Hopper and later."""
+    return fa4_forward(q.contiguous(), k.contiguous(), v.contiguous(), docs.cu_seqlens, docs.max_len)[0]
+
+
+ATTENTION_KINDS = dict(fa3=attention_fa3, fa4=attention_fa4, varlen=attention_varlen, sdpa=attention_sdpa)
+
+
+def leaky_square(h: Tensor) -> Tensor:
+    """The activation: leaky ReLU with slope 1/2, squared; h^2 above zero, h^2 / 4 below."""
+    return F.leaky_relu(h, 0.5).square()
+
+
+def mlp_spec(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    """x (..., D), up (F, D), down (D, F) -> (..., D)."""
+    return F.linear(leaky_square(F.linear(x, up)), down)
+
+
+if triton is not None:
+
+    @triton.jit
+    def leaky_gemm_kernel(
+        a_ptr, b_ptr, pre_ptr, out_ptr, M, N, K, b_stride_n, b_stride_k,
+        BACKWARD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+    ):  # fmt: skip
+        """acc = a (M, K) @ b (N, K)^T. Forward: pre = acc, out = leaky_square(acc). Backward: out = acc * f'(pre)."""
+        # Tiles run down GROUP row blocks before the next column, so that a band of `a` stays in the L2 cache.
+        pid = tl.program_id(0)
+        n_blocks = tl.cdiv(N, BLOCK_N)
+        band = pid // (GROUP * n_blocks)
+        rows = min(tl.cdiv(M, BLOCK_M) - band * GROUP, GROUP)
+        pid_m = band * GROUP + (pid % (GROUP * n_blocks)) % rows
+        pid_n = (pid % (GROUP * n_blocks)) // rows
+        m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+        n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+        k = tl.arange(0, BLOCK_K)
+        a_tile = a_ptr + (m[:, None] % M).to(tl.int64) * K + k[None, :]
+        b_tile = b_ptr + (n[None, :] % N) * b_stride_n + k[:, None] * b_stride_k
+        acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+        for k0 in range(0, K, BLOCK_K):
+            a = tl.load(a_tile, mask=k[None, :] < K - k0, other=0.0)
+            b = tl.load(b_tile, mask=k[:, None] < K - k0, other=0.0)
+            acc = tl.dot(a, b, acc)
+            a_tile += BLOCK_K
+            b_tile += BLOCK_K * b_stride_k
+        at = m[:, None].to(tl.int64) * N + n[None, :]
+        inside = (m[:, None] < M) & (n[None, :] < N)
+        if BACKWARD:
+            pre = tl.load(pre_ptr + at, mask=inside, other=0.0).to(tl.float32)
+            out = acc * tl.where(pre > 0, 2.0 * pre, 0.5 * pre)
+        else:
+            tl.store(pre_ptr + at, acc.to(pre_ptr.dtype.element_ty), mask=inside)
+            out = tl.where(acc > 0, acc * acc, 0.25 * acc * acc)
+        tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+def _leaky_gemm(a: Tensor, b: Tensor, pre: Tensor, out: Tensor, backward: bool) -> None:
+    (M, K), N = a.shape, b.size(0)
+    # 128 x 256 fills a Hopper core's two warp groups; three stages of K = 64 fit its shared memory beside the epilogue.
+    block_m, block_n, block_k = (128, 256, 64) if a.is_cuda else (32, 32, 32)
+    grid = (triton.cdiv(M, block_m) * triton.cdiv(N, block_n),)
+    leaky_gemm_kernel[grid](
+        a, b, pre, out, M, N, K, b.stride(0), b.stride(1), backward, block_m, block_n, block_k, 8,
+        num_warps=8, num_stages=3,
+    )  # fmt: skip
+
+
+@torch.library.custom_op("golf::up_leaky", mutates_args=(), schema="(Tensor x, Tensor up) -> (Tensor, Tensor)")
+def up_leaky(x, up):
+    """x (M, D), up (F, D) -> pre-activation and activation, both (M, F)."""
+    pre, act = (x.new_empty(x.size(0), up.size(0)) for _ in range(2))
+    _leaky_gemm(x, up, pre, act, backward=False)
+    return pre, act
+
+
+@up_leaky.register_fake
+def _(x, up):
+    return x.new_empty(x.size(0), up.size(0)), x.new_empty(x.size(0), up.size(0))
+
+
+@torch.library.custom_op("golf::down_leaky", mutates_args=(), schema="(Tensor grad, Tensor down, Tensor pre) -> Tensor")
+def down_leaky(grad, down, pre):
+    """grad (M, D), down (D, F), pre (M, F) -> gradient of the pre-activation (M, F)."""
+    out = torch.empty_like(pre)
+    _leaky_gemm(grad, down.t(), pre, out, backward=True)
+    return out
+
+
+@down_leaky.register_fake
+def _(grad, down, pre):
+    return torch.empty_like(pre)
+
+
+class FusedMLP(torch.autograd.Function):
+    """`mlp_spec` with the activation in the up-projection's epilogue and its derivative in that of the down-projection.
+
+    Saves the pre-activation and the activation (M, F); backward recomputes nothing.
+    """
+
+    @staticmethod
+    def forward(ctx, x, up, down):
+        pre, act = up_leaky(x, up)
+        ctx.save_for_backward(x, up, down, pre, act)
+        return F.linear(act, down)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, up, down, pre, act = ctx.saved_tensors
+        grad = grad.contiguous()
+        d_pre = down_leaky(grad, down, pre)
+        d_up = d_pre.t() @ x if ctx.needs_input_grad[1] else None
+        d_down = grad.t() @ act if ctx.needs_input_grad[2] else None
+        return d_pre @ up, d_up, d_down
+
+
+def mlp_fused(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    flat = x.reshape(-1, x.size(-1)).contiguous()
+    return FusedMLP.apply(flat, up.contiguous(), down.contiguous()).view_as(x)
+
+
+def softcapped_logits(hidden: Tensor, embedding: Tensor, cap: float) -> Tensor:
+    """hidden (..., D), embedding (V, D) -> logits (..., V) in float32, bounded by +-cap (arXiv 2408.00118)."""
+    return cap * torch.tanh(F.linear(hidden, embedding).float() / cap)
+
+
+def softcapped_loss(hidden: Tensor, embedding: Tensor, targets: Tensor, cap: float) -> Tensor:
+    """Cross-entropy in nats per token, float32, in the shape of `targets`."""
+    logits = softcapped_logits(hidden, embedding, cap)
+    return F.cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction="none").view_as(targets)
+
+
+def orthogonalize(update: Tensor, steps: int) -> Tensor:
+    """Nearest semi-orthogonal matrix of each of a batch, by the quintic Newton-Schulz iteration of Muon.
+
+    update (N, rows, cols) -> the same shape, singular values in about 0.7..1.2 (Jordan et al. 2024).
+    """
+    a, b, c = 3.4445, -4.775, 2.0315
+    x = update.bfloat16() if update.is_cuda else update.float()  # without matrix units bfloat16 is slower, not faster
+    tall = x.size(-2) > x.size(-1)
+    if tall:
+        x = x.mT
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x.mT if tall else x
+
+
+class Kernels(NamedTuple):
+    """The functions that a device runs."""
+
+    attention: Callable[..., Tensor] = attention_sdpa
+    mlp: Callable[..., Tensor] = mlp_spec
+    compiled: bool = False
+    why: str = "specification"
+
+
+SPEC = Kernels()
+
+
+def choose_kernels(cfg: Config, device: torch.device) -> Kernels:
+    """The fastest kernels that this device and these packages allow, with the reason."""
+    if cfg.kernels == "spec" or device.type == "cpu":
+        kind = "sdpa" if cfg.attention == "auto" else cfg.attention
+        return SPEC._replace(attention=ATTENTION_KINDS[kind], compiled=cfg.compile == "on", why=f"{kind}, plain MLP")
+    major, _ = torch.cuda.get_device_capability(device)
+    kind, why = cfg.attention, "asked for"
+    if kind == "auto":
+        kind, why = "varlen", "no FlashAttention-3 or -4 found"
+        for name, module in (("fa3", "flash_attn_interface"), ("fa4", "flash_attn.cute.interface")):
+            if major >= 9 and importable(module):
+                kind, why = name, f"{module} found"
+                break
+    fused = triton is not None
+    return Kernels(
+        ATTENTION_KINDS[kind], mlp_fused if fused else mlp_spec, cfg.compile != "off",
+        f"attention {kind} ({why}), MLP {'fused' if fused else 'plain: no triton'}, compile {cfg.compile}",
+    )  # fmt: skip
+
+
+def importable(module: str) -> bool:
+    try:
+        importlib.import_module(module)
+    except (ImportError, OSError, AttributeError):  # a broken build is as good as none
+        return False
+    return True
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# 5. DATA: shards, packed micro-batches, and the validation text with its bytes
+# --------------------------------------------------------------------------------------------------------------------
+SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER = 20240520, 1, 256
+
+
+def read_shard(path: Path) -> np.ndarray:
+    """The uint16 entries of a shard, mapped, not read. Raises ValueError naming file and fault."""
+    header = np.fromfile(path, dtype="<i4", count=SHARD_HEADER)
+    if len(header) < SHARD_HEADER or header[0] != SHARD_MAGIC or header[1] != SHARD_VERSION:
+        raise ValueError(f"{path} is not a token shard (magic {SHARD_MAGIC}, version {SHARD_VERSION}): prepare it again")
+    want, got = 4 * SHARD_HEADER + 2 * int(header[2]), path.stat().st_size
+    if want != got:
+        raise ValueError(f"{path} has {got} bytes, its header promises {want}: it is cut short or damaged, copy it again")
+    return np.memmap(path, dtype="<u2", mode="r", offset=4 * SHARD_HEADER) if header[2] else np.empty(0, "<u2")
+
+
+def _shards(cfg: Config, pattern: str) -> list[Path]:
+    return [Path(p) for p in sorted(glob.glob(str(cfg.shard_dir / pattern)))]
+
+
+def train_files(cfg: Config) -> list[Path]:
+    return _shards(cfg, "fineweb_train_*.bin")
+
+
+def val_files(cfg: Config) -> list[Path]:
+    return [p for p in _shards(cfg, "fineweb_val_*.bin") if "_bytes_" not in p.name]
+
+
+def sidecar_files(cfg: Config) -> list[Path]:
+    return _shards(cfg, "fineweb_val_bytes_*.bin") if cfg.caseops_enabled else []
+
+
+def pack_boundaries(tokens: np.ndarray, piece: int, capacity: int) -> np.ndarray:
+    """cu_seqlens (int32) of a row: documents from their BOS, cut every `piece` tokens, padded with len(tokens).
+
+    The length is `capacity`, doubled until the boundaries fit, so that kernels see one shape.
+    """
+    starts = np.union1d(np.flatnonzero(tokens == BOS), [0])
+    ends = np.append(starts[1:], len(tokens))
+    edges = np.concatenate([np.arange(a, b, piece) for a, b in zip(starts, ends, strict=True)])
+    while capacity < len(edges) + 1:
+        capacity *= 2
+    return np.append(edges, np.full(capacity - len(edges), len(tokens))).astype(np.int32)
+
+
+def boundary_capacity(row_tokens: int) -> int:
+    """Room for documents of 256 tokens on average: a power of two, at least 64."""
+    return max(64, 1 << max(row_tokens // 256 - 1, 1).bit_length())
+
+
+def packed_row(tokens: np.ndarray, piece: int) -> tuple[Tensor, Tensor, Docs]:
+    """n+1 tokens -> inputs (1, n), targets (1, n) and the document boundaries of the inputs, on the CPU."""
+    row = torch.from_numpy(tokens.astype(np.int64))
+    cu = pack_boundaries(tokens[:-1], piece, boundary_capacity(len(tokens) - 1))
+    return row[None, :-1], row[None, 1:], Docs(torch.from_numpy(cu), piece)
+
+
+def to_device(batch: tuple[Tensor, Tensor, Docs], device: torch.device) -> tuple[Tensor, Tensor, Docs]:
+    if device.type == "cpu":
+        return batch
+    inputs, targets, cu = (t.pin_memory().to(device, non_blocking=True) for t in (*batch[:2], batch[2].cu_seqlens))
+    return inputs, targets, Docs(cu, batch[2].max_len)
+
+
+class TrainLoader:
+    """Packed micro-batches in stream order, the same text in step k for any number of ranks.
+
+    Shards are read in sorted order, cyclically, each from its first BOS; a step takes MICRO_STEPS consecutive spans of
+    micro_batch_tokens + 1 tokens, of which micro-batch m * world + rank is this rank's. A tail shorter than a step is
+    dropped. The order is a function of the step alone, so resuming needs no state but `start_step`.
+    """
+
+    def __init__(self, cfg: Config, run: Run, start_step: int = 0):
+        self.cfg, self.run = cfg, run
+        self.shards = [read_shard(p) for p in train_files(cfg)]
+        self.spans = itertools.islice(self._step_starts(), start_step, None)
+        # Batches are prepared two steps ahead: reading and packing never wait in the training loop.
+        self.pool = ThreadPoolExecutor(max_workers=1)
+        self.ahead = [self.pool.submit(self._prepare, next(self.spans)) for _ in range(2)]
+
+    def _step_starts(self) -> Iterator[tuple[int, int]]:
+        need = MICRO_STEPS * (self.cfg.micro_batch_tokens + 1)
+        first = [int(np.argmax(s[: 1 << 20] == BOS)) for s in self.shards]
+        while True:
+            for i, shard in enumerate(self.shards):
+                for at in range(first[i], len(shard) - need + 1, need):
+                    yield i, at
+
+    def _prepare(self, span: tuple[int, int]) -> list[tuple[Tensor, Tensor, Docs]]:
+        shard, at = self.shards[span[0]], span[1]
+        n = self.cfg.micro_batch_tokens
+        mine = range(self.run.rank, MICRO_STEPS, self.run.world)
+        return [packed_row(np.asarray(shard[at + j * (n + 1) :][: n + 1]), self.cfg.train_seq_len) for j in mine]
+
+    def next_step(self) -> Iterator[tuple[Tensor, Tensor, Docs]]:
+        """This rank's micro-batches of the next optimizer step, on the device."""
+        batches = self.ahead.pop(0).result()
+        self.ahead.append(self.pool.submit(self._prepare, next(self.spans)))
+        return (to_device(b, self.run.device) for b in batches)
+
+    def close(self) -> None:
+        self.pool.shutdown(cancel_futures=True)
+
+
+def calibration_batches(cfg: Config, run: Run) -> Iterator[Tensor]:
+    """Random training windows (rows, train_seq_len) of this rank's share of the calibration batches.
+
+    One generator draws all windows without repetition from all shards, so that the set does not depend on the ranks.
+    """
+    shards, length = [read_shard(p) for p in train_files(cfg)], cfg.train_seq_len
+    rows = max(cfg.micro_batch_tokens // length, 1)
+    rng = np.random.Generator(np.random.PCG64(0))
+    phases = [int(rng.integers(min(length, max(len(s) - length, 1)))) for s in shards]
+    counts = np.array([max(len(s) - p, 0) // length for s, p in zip(shards, phases, strict=True)])
+    total, want = int(counts.sum()), rows * cfg.gptq_calibration_batches
+    picks = rng.choice(total, size=want, replace=total < want)
+    first = np.concatenate([[0], np.cumsum(counts)])
+    for b in range(run.rank, cfg.gptq_calibration_batches, run.world):
+        batch = []
+        for pick in picks[b * rows : (b + 1) * rows]:
+            i = int(np.searchsorted(first, pick, side="right")) - 1
+            at = phases[i] + int(pick - first[i]) * length
+            batch.append(shards[i][at : at + length].astype(np.int64))
+        yield torch.from_numpy(np.stack(batch)).to(run.device)
+
+
+class Document(NamedTuple):
+    """A validation document: tokens[start : start + n_targets] are inputs, shifted by one they are the targets."""
+
+    start: int
+    n_targets: int
+
+
+@dataclass(frozen=True)
+class ValidationSet:
+    """All validation tokens (uint16) and, aligned with them, the original UTF-8 bytes each one stands for (int64)."""
+
+    tokens: np.ndarray
+    token_bytes: np.ndarray
+
+    @property
+    def n_targets(self) -> int:
+        return len(self.tokens) - 1
+
+    @property
+    def n_bytes(self) -> int:
+        return int(self.token_bytes[1:].sum())
+
+    def documents(self) -> list[Document]:
+        """Every target belongs to exactly one document; the BOS that follows a document is its last target."""
+        starts = np.union1d(np.flatnonzero(self.tokens == BOS), [0])
+        ends = np.append(starts[1:], self.n_targets)
+        return [Document(int(a), int(b - a)) for a, b in zip(starts, ends, strict=True) if b > a]
+
+    def fingerprint(self) -> dict[str, Any]:
+        return {
+            "val_sha256": hashlib.sha256(np.ascontiguousarray(self.tokens)).hexdigest(),
+            "val_targets": self.n_targets,
+            "val_documents": int((self.tokens == BOS).sum()),
+            "val_bytes": self.n_bytes,
+            "bytes_per_token": round(self.n_bytes / max(self.n_targets, 1), 6),
+        }
+
+
+def load_validation(cfg: Config) -> ValidationSet:
+    """Tokens and byte counts. Raises Stop when they cannot belong together."""
+    tokens = np.concatenate([read_shard(p) for p in val_files(cfg)])
+    if not (tokens == BOS).any():
+        raise Stop(f"the validation shards hold no document start (id {BOS}): prepare them again", 2)
+    if int(tokens.max()) >= cfg.vocab_size:
+        raise Stop(f"validation token {int(tokens.max())} is outside VOCAB_SIZE={cfg.vocab_size}", 2)
+    if len(tokens) < 2:
+        raise Stop("the validation shards hold no target", 2)
+    sp = load_tokenizer(cfg)
+    if not cfg.caseops_enabled:
+        return ValidationSet(tokens, table_byte_counts(sp, tokens))
+    counts = np.concatenate([read_shard(p) for p in sidecar_files(cfg)]).astype(np.int64)
+    marks = [i for i in range(sp.vocab_size()) if sp.id_to_piece(i) in CASEOPS_MARKS]
+    marked = counts[np.isin(tokens, marks)]
+    if len(marked) and (marked > 0).mean() > 0.01:
+        raise Stop("the byte sidecar counts CaseOps marks as text, which inflates the bytes: prepare the shards again", 2)
+    return ValidationSet(tokens, counts)
+
+
+CASEOPS_MARKS = ("\ue001", "\ue002", "\ue003", "\ue004")  # title, all caps, capital next, escape: they stand for no byte
+
+
+def table_byte_counts(sp: Any, tokens: np.ndarray) -> np.ndarray:
+    """Bytes of each token of a plain SentencePiece stream: a leading space counts unless a document starts there."""
+    n = sp.vocab_size()
+    silent = np.array([sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i) for i in range(n)])
+    pieces = [sp.id_to_piece(i) for i in range(n)]
+    spaced = np.array([p.startswith("\u2581") for p in pieces]) & ~silent
+    own = [1 if sp.is_byte(i) else len(p.removeprefix("\u2581").encode()) for i, p in enumerate(pieces)]
+    own = np.where(silent, 0, own)
+    after_text = np.append(False, ~silent[tokens[:-1]])
+    return own[tokens].astype(np.int64) + (spaced[tokens] & after_text)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# 6. MODEL: a precomputed order of visits, two halves of a block, one forward for everything
+# --------------------------------------------------------------------------------------------------------------------
+class Visit(NamedTuple):
+    """One step of the trunk."""
+
+    layer: int
+    two_lane: bool  # attention and MLP on lanes of their own
+    save_skip: bool  # keep the output for a U-net skip
+    skip: int | None  # slot of the skip merged before this visit
+
+
+def plan_depth(n_layers: int, loops: int, start: int, end: int, lanes_from: int) -> tuple[Visit, ...]:
+    """The order in which layers run: start..end passed 1 + loops times, first half encoder, second half decoder.
+
+    Decoder step k takes the latest kept encoder output; lanes exist in the decoder from layer `lanes_from` (0: never).
+    """
+    looped = list(range(start, end + 1)) * loops
+    order = [*range(min(end + 1, n_layers)), *looped, *range(end + 1, n_layers)] if loops else [*range(n_layers)]
+    half = len(order) // 2
+    skips = min(half, len(order) - half)
+    return tuple(
+        Visit(layer, at >= half and 0 < lanes_from <= layer, at < half, at - half if 0 <= at - half < skips else None)
+        for at, layer in enumerate(order)
+    )
+
+
+class Deltas(NamedTuple):
+    """What test-time training adds in one visit: low-rank pairs A (N, R, in), B (N, out, R), one per document."""
+
+    q: tuple[Tensor, Tensor] | None = None
+    k: tuple[Tensor, Tensor] | None = None
+    v: tuple[Tensor, Tensor] | None = None
+    attn_bypass: tuple[Tensor, Tensor] | None = None  # from the attention input to its output
+    mlp_bypass: tuple[Tensor, Tensor] | None = None  # from the MLP input to its output
+
+
+NO_DELTAS = Deltas()
+Tap = Callable[[str, Tensor], None]
+
+
+def low_rank(x: Tensor, delta: tuple[Tensor, Tensor] | None) -> Tensor | float:
+    """x (N, T, in) -> B A x (N, T, out) of each document, or 0."""
+    if delta is None:
+        return 0.0
+    a, b = delta
+    return (x @ a.mT) @ b.mT
+
+
+class LayerWeights(NamedTuple):
+    """Everything a visit to one layer reads, in the compute dtype: a block is a pure function of these."""
+
+    mix: Tensor  # (2, D): weights of the residual stream and of the embedding
+    attn_scale: Tensor  # (D,)
+    mlp_scale: Tensor  # (D,)
+    depth_scale: Tensor  # (): 1 / sqrt(layer + 1)
+    q_gain: Tensor  # (H,)
+    head_gate: Tensor | None  # (H, D)
+    narrow_gate: Tensor | None  # (H, GATE_WINDOW)
+    wq: Tensor  # (D, D)
+    wk: Tensor  # (G * K, D)
+    wv: Tensor  # (G * K, D)
+    wo: Tensor  # (D, D)
+    up: Tensor  # (F, D)
+    down: Tensor  # (D, F)
+    post: Tensor  # (2, 2): what attention and MLP (rows) add to the two lanes (columns)
+    keep: Tensor  # (2,): what the lanes keep of themselves
+
+
+class Shape(NamedTuple):
+    """The constants of attention; one instance for all layers keeps torch.compile at one graph."""
+
+    heads: int
+    kv_heads: int
+    exclude_own_value: bool
+    narrow_gate_reads_q: bool
+
+
+def exclude_own_value(y: Tensor, v: Tensor) -> Tensor:
+    """Removes from each head's output its component along the token's own value: y (B, T, H, K), v (B, T, G, K)."""
+    y = y.unflatten(2, (v.size(2), -1))
+    own = F.normalize(v, dim=-1).unsqueeze(3)  # (B, T, G, 1, K)
+    return (y - (y * own).sum(-1, keepdim=True) * own).flatten(2, 3)
+
+
+def rotary_tables(cfg: Config, length: int, dense: bool, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosine and sine, each (T, 1, rope_dims / 2), of the positions in a row (arXiv 2104.09864)."""
+    base = cfg.rope_base
+    if cfg.rope_yarn and dense and length > cfg.train_seq_len:
+        base *= (length / cfg.train_seq_len) ** (cfg.rope_dims / (cfg.rope_dims - 2))
+    frequencies = base ** (-torch.arange(0, cfg.rope_dims, 2, device=device, dtype=torch.float32) / cfg.rope_dims)
+    angles = torch.outer(torch.arange(length, device=device, dtype=torch.float32), frequencies)[:, None]
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotates the first dimensions of each head, as (first half, second half) pairs; the others pass."""
+    cos, sin = rope
+    half = cos.size(-1)
+    x1, x2, rest = x.split((half, half, x.size(-1) - 2 * half), dim=-1)
+    return torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin, rest), dim=-1)
+
+
+class Context(NamedTuple):
+    """What every visit of one forward pass shares."""
+
+    rope: tuple[Tensor, Tensor]
+    docs: Docs | None
+    shape: Shape
+    kernels: Kernels
+
+
+def matmul(x: Tensor, weight: Tensor, delta: tuple[Tensor, Tensor] | None, site: str, tap: Tap | None) -> Tensor:
+    """The one place where activations meet bank weights."""
+    if tap is not None:
+        tap(site, x)
+    return F.linear(x, weight) + low_rank(x, delta)
+
+
+def attend(n: Tensor, w: LayerWeights, ctx: Context, deltas: Deltas, tap: Tap | None) -> Tensor:
+    """The attention half of a block. n (B, T, D), normed -> (B, T, D)."""
+    heads = (ctx.shape.heads, ctx.shape.kv_heads, ctx.shape.kv_heads)
+    raw, k, v = (
+        matmul(n, weight, delta, "attn_in", tap if i == 0 else None)
+        for i, (weight, delta) in enumerate(((w.wq, deltas.q), (w.wk, deltas.k), (w.wv, deltas.v)))
+    )
+    q, k, v = (t.unflatten(-1, (h, -1)) for t, h in zip((raw, k, v), heads, strict=True))  # (B, T, heads, K)
+    q, k = rotate(rms(q), ctx.rope) * w.q_gain[:, None], rotate(rms(k), ctx.rope)
+    if ctx.docs is None:
+        y = dense_attention(q, k, v)
+    else:
+        y = ctx.kernels.attention(*(t.flatten(0, 1) for t in (q, k, v)), ctx.docs).view_as(q)
+    if ctx.shape.exclude_own_value:
+        y = exclude_own_value(y, v)
+    if w.narrow_gate is not None:
+        source = raw if ctx.shape.narrow_gate_reads_q else n
+        y = y * (2 * F.linear(source[..., : w.narrow_gate.size(1)], w.narrow_gate).sigmoid()).unsqueeze(-1)
+    if w.head_gate is not None:
+        y = y * F.linear(n, w.head_gate).sigmoid().unsqueeze(-1)
+    return matmul(y.flatten(2), w.wo, None, "attn_out", tap) + low_rank(n, deltas.attn_bypass)
+
+
+def feed(n: Tensor, w: LayerWeights, ctx: Context, deltas: Deltas, tap: Tap | None) -> Tensor:
+    """The MLP half of a block. n (B, T, D), normed -> (B, T, D)."""
+    if tap is None:
+        return ctx.kernels.mlp(n, w.up, w.down) + low_rank(n, deltas.mlp_bypass)
+    return matmul(leaky_square(matmul(n, w.up, None, "mlp_in", tap)), w.down, None, "mlp_out", tap)
+
+
+def serial_block(
+    x: Tensor, x0: Tensor, w: LayerWeights, ctx: Context, deltas: Deltas = NO_DELTAS, tap: Tap | None = None
+) -> Tensor:
+    """Attention, then MLP, on one residual stream; the mix with the embedding x0 becomes the stream."""
+    x = w.mix[0] * x + w.mix[1] * x0
+    x = x + w.attn_scale * attend(rms(x) * w.depth_scale, w, ctx, deltas, tap)
+    return x + w.mlp_scale * feed(rms(x) * w.depth_scale, w, ctx, deltas, tap)
+
+
+def two_lane_block(
+    x: Tensor, lane: Tensor, x0: Tensor, w: LayerWeights, ctx: Context, deltas: Deltas = NO_DELTAS, tap: Tap | None = None
+) -> tuple[Tensor, Tensor]:
+    """Attention reads x (mixed with x0) and MLP reads `lane`, both from before the block; both write to both."""
+    a = w.attn_scale * attend(rms(w.mix[0] * x + w.mix[1] * x0) * w.depth_scale, w, ctx, deltas, tap)
+    b = w.mlp_scale * feed(rms(lane) * w.depth_scale, w, ctx, deltas, tap)
+    return w.keep[0] * x + w.post[0, 0] * a + w.post[1, 0] * b, w.keep[1] * lane + w.post[0, 1] * a + w.post[1, 1] * b
+
+
+def merge_skip(x: Tensor, kept: Tensor, weight: Tensor, gate: Tensor | None) -> Tensor:
+    """U-net skip: the kept encoder output, scaled, gated against x or added to it."""
+    if gate is None:
+        return x + weight * kept
+    return torch.lerp(weight * kept, x, gate.sigmoid())
+
+
+class Attention(nn.Module):
+    """The parameters of one layer's attention that are not in the banks."""
+
+    def __init__(self, cfg: Config):
+        super().__init__()
+        self.q_gain = nn.Parameter(torch.full((cfg.num_heads,), cfg.qk_gain_init))
+        if cfg.gated_attn_enabled:
+            self.attn_gate_w = nn.Parameter(torch.empty(cfg.num_heads, cfg.model_dim))
+            nn.init.normal_(self.attn_gate_w, std=cfg.gated_attn_init_std)
+        if cfg.attn_out_gate_enabled:
+            self.attn_gate_proj = nn.Linear(cfg.gate_window, cfg.num_heads, bias=False)
+            nn.init.zeros_(self.attn_gate_proj.weight)
+
+
+class Block(nn.Module):
+    """The parameters of one layer that are not in the banks."""
+
+    def __init__(self, cfg: Config):
+        super().__init__()
+        self.attn = Attention(cfg)
+        self.attn_scale = nn.Parameter(torch.ones(cfg.model_dim))
+        self.mlp_scale = nn.Parameter(torch.ones(cfg.model_dim))
+        self.resid_mix = nn.Parameter(torch.stack((torch.ones(cfg.model_dim), torch.zeros(cfg.model_dim))))
+
+
+class GPT(nn.Module):
+    """The language model of PR #1736: looped layers, U-net skips, two lanes at the end, gated attention, tied head.
+
+    `looped` says whether the loop runs; parameter names and shapes are the public checkpoint contract.
+    """
+
+    def __init__(self, cfg: Config, kernels: Kernels = SPEC, dtype: torch.dtype = torch.float32):
+        super().__init__()
+        self.cfg, self.dtype, self.looped = cfg, dtype, False
+        n_layers, d, kv = cfg.num_layers, cfg.model_dim, cfg.num_kv_heads * cfg.head_dim
+        args = (cfg.loop_start, cfg.loop_end, cfg.parallel_start_layer)
+        self.plans = {on: plan_depth(n_layers, cfg.num_loops if on else 0, *args) for on in (False, True)}
+        self.tok_emb = nn.Embedding(cfg.vocab_size, d)
+        self.qo_bank = nn.Parameter(torch.empty(2 * n_layers, d, d))  # queries of all layers, then outputs
+        self.kv_bank = nn.Parameter(torch.empty(2 * n_layers, kv, d))  # keys, then values
+        self.mlp_up_bank = nn.Parameter(torch.empty(n_layers, cfg.hidden_dim, d))
+        self.mlp_down_bank = nn.Parameter(torch.empty(n_layers, d, cfg.hidden_dim))
+        n_skips = sum(v.skip is not None for v in self.plans[True])
+        self.skip_weights = nn.Parameter(torch.ones(n_skips, d))
+        if cfg.skip_gates_enabled:
+            self.skip_gates = nn.Parameter(torch.zeros(n_skips, d))
+        self.parallel_post_lambdas = nn.Parameter(torch.ones(n_layers, 2, 2))
+        self.parallel_resid_lambdas = nn.Parameter(torch.full((n_layers, 2), 1.1))
+        if cfg.smear_gate_enabled:
+            self.smear_gate = nn.Linear(cfg.gate_window, 1, bias=False)
+            self.smear_lambda = nn.Parameter(torch.zeros(1))
+        self.blocks = nn.ModuleList(Block(cfg) for _ in range(n_layers))
+        depth = 1 / torch.arange(1, n_layers + 1).sqrt() if cfg.ln_scale else torch.ones(n_layers)
+        self.register_buffer("depth_scale", depth, persistent=False)
+        self.init_weights()
+        self.use_kernels(kernels)
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Embedding N(0, 0.005^2); projections that read the stream orthogonal, those that write to it zero."""
+        n = self.cfg.num_layers
+        nn.init.normal_(self.tok_emb.weight, std=self.cfg.tied_embed_init_std)
+        for matrix in (*self.qo_bank[:n], *self.kv_bank, *self.mlp_up_bank):
+            nn.init.orthogonal_(matrix)
+        self.qo_bank[n:].zero_()
+        self.mlp_down_bank.zero_()
+        if self.cfg.smear_gate_enabled:
+            nn.init.zeros_(self.smear_gate.weight)
+
+    def use_kernels(self, kernels: Kernels) -> None:
+        """Compiles a block of either kind once; all layers share the graph because a block is a pure function."""
+        self.kernels = kernels
+        wrap = torch.compile if kernels.compiled else lambda f, **_: f
+        self._serial, self._two_lane = wrap(serial_block, fullgraph=True), wrap(two_lane_block, fullgraph=True)
+        self._loss, self._merge = wrap(softcapped_loss, fullgraph=True), wrap(merge_skip, fullgraph=True)
+
+    def place(self, device: torch.device) -> GPT:
+        """Moves to the device with every parameter in the dtype of its role."""
+        self.to(device)
+        for name, p in self.named_parameters():
+            p.data = p.data.to(self.dtype if role_of(name).dtype == "compute" else torch.float32)
+        return self
+
+    @property
+    def plan(self) -> tuple[Visit, ...]:
+        return self.plans[self.looped]
+
+    def layers(self) -> list[LayerWeights]:
+        """The weights of each layer; every bank is cast once per forward pass and its gradient gathered once."""
+        n, dtype = self.cfg.num_layers, self.dtype
+        qo, kv, up, down = (
+            bank.to(dtype).unbind(0) for bank in (self.qo_bank, self.kv_bank, self.mlp_up_bank, self.mlp_down_bank)
+        )
+        post, keep = self.parallel_post_lambdas.to(dtype).unbind(0), self.parallel_resid_lambdas.to(dtype).unbind(0)
+        depth = self.depth_scale.to(dtype).unbind(0)
+        rows = []
+        for i, b in enumerate(self.blocks):
+            gate = b.attn.attn_gate_w.to(dtype) if self.cfg.gated_attn_enabled else None
+            narrow = b.attn.attn_gate_proj.weight.to(dtype) if self.cfg.attn_out_gate_enabled else None
+            rows.append(LayerWeights(
+                b.resid_mix.to(dtype), b.attn_scale.to(dtype), b.mlp_scale.to(dtype), depth[i], b.attn.q_gain.to(dtype),
+                gate, narrow, qo[i], kv[i], kv[n + i], qo[n + i], up[i], down[i], post[i], keep[i],
+            ))  # fmt: skip
+        return rows
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """(B, T) -> (B, T, D), normed."""
+        x = F.embedding(tokens, self.tok_emb.weight).to(self.dtype)
+        if self.cfg.smear_gate_enabled:
+            w, strength = self.smear_gate.weight.to(x.dtype), self.smear_lambda.to(x.dtype)
+            gate = strength * F.linear(x[:, 1:, : self.cfg.gate_window], w).sigmoid()
+            gate = gate * (tokens[:, 1:, None] != BOS)  # a document's first token has no predecessor
+            x = torch.cat((x[:, :1], x[:, 1:] + gate * x[:, :-1]), dim=1)
+        return rms(x)
+
+    def trunk(self, tokens: Tensor, docs: Docs | None, adapters: Adapters | None, tap: Tap | None) -> Tensor:
+        """Token ids (B, T) to final normed hidden states (B, T, D): one loop over the planned visits."""
+        cfg, layers = self.cfg, self.layers()
+        shapes = [Shape(cfg.num_heads, cfg.num_kv_heads, x, cfg.attn_out_gate_src == "q") for x in (False, True)]
+        rope = rotary_tables(cfg, tokens.size(1), docs is None, tokens.device, self.dtype)
+        contexts = [Context(rope, docs, shape, self.kernels) for shape in shapes]
+        visit_deltas = adapters.per_visit(self.dtype) if adapters is not None else itertools.repeat(NO_DELTAS)
+        # A tap looks inside the blocks, so it runs them uncompiled.
+        serial, two_lane = (self._serial, self._two_lane) if tap is None else (serial_block, two_lane_block)
+        gates = self.skip_gates.to(self.dtype) if cfg.skip_gates_enabled else [None] * len(self.skip_weights)
+        skip_weights = self.skip_weights.to(self.dtype)
+
+        x = x0 = self.embed(tokens)
+        lane, kept = None, []
+        for visit, deltas in zip(self.plan, visit_deltas, strict=False):
+            w = layers[visit.layer]
+            ctx = contexts[visit.layer >= cfg.num_layers - cfg.xsa_last_n]
+            peek = tap and (lambda site, t, i=visit.layer: tap(f"blocks.{i}.{site}", t))
+            if visit.two_lane and lane is None:
+                lane = x  # before the skip, which is merged into the attention lane alone
+            if visit.skip is not None and kept:
+                x = self._merge(x, kept.pop(), skip_weights[visit.skip], gates[visit.skip])
+            if visit.two_lane:
+                x, lane = two_lane(x, lane, x0, w, ctx, deltas, peek)
+            else:
+                x = serial(x, x0, w, ctx, deltas, peek)
+            if visit.save_skip:
+                kept.append(x)
+        if lane is not None:
+            x = {"mean": (x + lane) / 2, "attn": x, "mlp": lane}[cfg.parallel_final_lane]
+        return rms(x)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        targets: Tensor | None = None,
+        *,
+        docs: Docs | None = None,
+        adapters: Adapters | None = None,
+        tap: Tap | None = None,
+        reduction: str = "mean",
+        at: Tensor | None = None,
+    ) -> Tensor:
+        """Logits (B, T, V), or with targets (B, T) the loss in nats.
+
+        docs: boundaries of packed documents (B = 1); None: every row is one text. adapters: test-time training, one set
+        per row. tap(name, x): sees the input of every quantized matmul. at (B, C): only these positions are read out,
+        targets is (B, C) then. reduction: `mean` gives a scalar, `none` the loss of each target.
+        """
+        hidden = self.trunk(tokens, docs, adapters, tap)
+        if at is not None:
+            hidden = hidden.gather(1, at.unsqueeze(-1).expand(-1, -1, hidden.size(-1)))
+        if tap is not None:
+            tap("head", hidden)
+        embedding, cap = self.tok_emb.weight.to(self.dtype), self.cfg.logit_softcap
+        if adapters is not None:  # few positions: the logits may stand in memory
+            logits = F.linear(hidden, embedding) + low_rank(hidden, adapters.head(self.dtype))
+            logits = cap * torch.tanh(logits.float() / cap)
+            if targets is None:
+                return logits
+            loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
+        elif targets is None:
+            return softcapped_logits(hidden, embedding, cap)
+        else:
+            loss = self._loss(hidden, embedding, targets, cap)
+        return loss.mean() if reduction == "mean" else loss
+
+
+class Role(NamedTuple):
+    """How a parameter trains and how the artifact stores it."""
+
+    pattern: str
+    optimizer: str  # muon, or the AdamW group
+    dtype: str  # float32, or compute: the dtype of the activations
+    storage: str  # gptq, rows (int8 per row) or float16
+
+
+# fmt: off
+ROLES = (  # first match counts; a test asserts that every parameter has exactly the row it should have
+    Role("*_bank",                  "muon",   "float32", "gptq"),
+    Role("tok_emb.weight",          "embed",  "compute", "gptq"),
+    Role("blocks.*.attn_gate_w",    "scalar", "float32", "rows"),
+    Role("blocks.*",                "scalar", "float32", "float16"),
+    Role("skip_*",                  "scalar", "float32", "float16"),
+    Role("parallel_*_lambdas",      "scalar", "float32", "float16"),
+    Role("smear_*",                 "scalar", "float32", "float16"),
+)
+# fmt: on
+
+
+def role_of(name: str) -> Role:
+    for role in ROLES:
+        if fnmatch.fnmatchcase(name, role.pattern):
+            return role
+    raise KeyError(f"parameter {name} has no row in ROLES")
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# 7. OPTIMIZER: Muon for the banks, AdamW for the rest, schedules as pure functions, the weight average
+# --------------------------------------------------------------------------------------------------------------------
+def training_fraction(cfg: Config, step: int, seconds: float) -> float:
+    """How much of training is done, 0..1: by the clock when there is a budget, else by steps."""
+    if cfg.max_wallclock_seconds > 0:
+        return seconds / (cfg.max_wallclock_seconds - cfg.gptq_reserve_seconds)
+    return step / cfg.iterations
+
+
+def lr_multiplier(cfg: Config, fraction: float) -> float:
+    """1 until the warm-down, then a line to MIN_LR at the end."""
+    return 1.0 if fraction < 1 - cfg.warmdown_frac else max((1 - fraction) / cfg.warmdown_frac, cfg.min_lr)
+
+
+def muon_momentum(cfg: Config, step: int) -> float:
+    t = min(step / cfg.muon_momentum_warmup_steps, 1.0) if cfg.muon_momentum_warmup_steps > 0 else 1.0
+    return (1 - t) * cfg.muon_momentum_warmup_start + t * cfg.muon_momentum
+
+
+def muon_update(grad: Tensor, buffer: Tensor, momentum: float, steps: int, row_normalize: bool) -> Tensor:
+    """Nesterov momentum, rows to unit length, orthogonalized. grad (N, rows, cols); `buffer` (bfloat16) is updated."""
+    buffer.mul_(momentum).add_(grad)
+    update = grad.float() + momentum * buffer.float()
+    if row_normalize:
+        update = update / update.norm(dim=-1, keepdim=True).clamp_min(1e-7)
+    # A tall matrix has fewer directions than rows: the factor keeps the size of an entry's step.
+    return orthogonalize(update, steps) * max(1.0, grad.size(-2) / grad.size(-1)) ** 0.5
+
+
+class Optimizer:
+    """Muon on the banks, split over the ranks by matrix, and AdamW on everything else, replicated.
+
+    A step is `reduce` (gradients summed over ranks, so micro-batch losses must be divided by MICRO_STEPS), `clip`, and
+    `update`. Each rank orthogonalizes its share of every bank and the updates are gathered while the next is computed.
+    """
+
+    def __init__(self, model: GPT, cfg: Config, run: Run):
+        self.cfg, self.run = cfg, run
+        named = list(model.named_parameters())
+        kinds = {k: [p for n, p in named if role_of(n).optimizer == k] for k in ("muon", "embed", "scalar")}
+        self.banks = sorted(kinds["muon"], key=lambda p: -p.numel())  # the largest transfer starts first
+        self.others = kinds["embed"] + kinds["scalar"]
+        groups = [dict(params=kinds["embed"], lr=cfg.tied_embed_lr, weight_decay=cfg.embed_wd),
+                  dict(params=kinds["scalar"], lr=cfg.scalar_lr, weight_decay=cfg.adam_wd)]  # fmt: skip
+        fused = run.device.type == "cuda"
+        self.adam = torch.optim.AdamW(groups, betas=(cfg.beta1, cfg.beta2), eps=cfg.adam_eps, fused=fused)
+        self.base_lrs = [g["lr"] for g in groups]
+        self.rows = [math.ceil(len(p) / run.world) for p in self.banks]  # matrices of each bank per rank
+        self.momentum = [torch.zeros(r, *p.shape[1:], dtype=torch.bfloat16, device=p.device)
+                         for r, p in zip(self.rows, self.banks, strict=True)]  # fmt: skip
+        self.wire = torch.bfloat16 if run.device.type == "cuda" else torch.float32
+        self.shards: list[Tensor] = []
+
+    def _padded(self, bank: Tensor, rows: int) -> Tensor:
+        out = bank.new_zeros(rows * self.run.world, *bank.shape[1:], dtype=self.wire)
+        out[: len(bank)] = bank
+        return out
+
+    @torch.no_grad()
+    def reduce(self) -> Tensor:
+        """Sums the gradients over the ranks; returns the norm of the whole gradient, a scalar tensor."""
+        if self.run.world == 1:
+            self.shards = [p.grad for p in self.banks]
+            return torch.cat([g.float().norm().view(1) for g in (*self.shards, *(p.grad for p in self.others))]).norm()
+        self.shards, waits = [], []
+        for p, rows in zip(self.banks, self.rows, strict=True):
+            self.shards.append(torch.empty(rows, *p.shape[1:], dtype=self.wire, device=p.device))
+            waits.append(_reduce_scatter(self.shards[-1], self._padded(p.grad, rows), async_op=True))
+        flat = torch.cat([p.grad.float().flatten() for p in self.others])  # one transfer for all the small ones
+        dist.all_reduce(flat)
+        for p, piece in zip(self.others, flat.split([p.numel() for p in self.others]), strict=True):
+            p.grad.copy_(piece.view_as(p))
+        for w in waits:
+            w.wait()
+        mine = sum(s.float().square().sum() for s in self.shards)
+        return (self.run.sum(mine) + flat.square().sum()).sqrt()
+
+    @torch.no_grad()
+    def clip(self, norm: Tensor) -> None:
+        """Scales the averaged gradient down to GRAD_CLIP_NORM; no host sync."""
+        if self.cfg.grad_clip_norm > 0:
+            scale = (self.cfg.grad_clip_norm / (norm + 1e-6)).clamp(max=1.0)
+            torch._foreach_mul_([*self.shards, *(p.grad for p in self.others)], scale)
+
+    @torch.no_grad()
+    def update(self, lr_mul: float, momentum: float) -> None:
+        for group, lr in zip(self.adam.param_groups, self.base_lrs, strict=True):
+            group["lr"] = lr * lr_mul
+        self.adam.step()
+        c, waits = self.cfg, []
+        for grad, buffer, rows in zip(self.shards, self.momentum, self.rows, strict=True):
+            mine = muon_update(grad, buffer, momentum, c.muon_backend_steps, c.muon_row_normalize)
+            if self.run.world == 1:
+                waits.append((mine, None))
+                continue
+            every = mine.new_empty(rows * self.run.world, *mine.shape[1:])
+            waits.append((every, _all_gather(every, mine.contiguous(), async_op=True)))
+        lr = c.matrix_lr * lr_mul
+        for p, (update, wait) in zip(self.banks, waits, strict=True):
+            if wait is not None:
+                wait.wait()
+            p.mul_(1 - lr * c.muon_wd).add_(update[: len(p)], alpha=-lr)
+        self.zero_grad()
+
+    def zero_grad(self) -> None:
+        self.shards = []
+        for p in (*self.banks, *self.others):
+            p.grad = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Whole on every rank and independent of their number. A collective."""
+        momentum = self.momentum
+        if self.run.world > 1:
+            momentum = []
+            for mine, p in zip(self.momentum, self.banks, strict=True):
+                every = mine.new_empty(len(mine) * self.run.world, *mine.shape[1:])
+                _all_gather(every, mine)
+                momentum.append(every[: len(p)])
+        return {"adam": copy.deepcopy(self.adam.state_dict()), "momentum": [m.clone() for m in momentum]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.adam.load_state_dict(state["adam"])
+        for mine, full in zip(self.momentum, state["momentum"], strict=True):
+            share = full[self.run.rank * len(mine) :][: len(mine)]
+            mine.zero_()[: len(share)].copy_(share)
+
+
+class WeightAverage:
+    """Exponential moving average of all weights, in float32.
+
+    The decay grows as (1 + t) / (18 + t) up to EMA_DECAY: the average spans the last 1/18 of the steps done, which at the
+    record's 4,850 steps is its 0.9965, and a short run does not average in its beginning.
+    """
+
+    def __init__(self, model: GPT, decay: float):
+        self.decay, self.steps = decay, 0
+        self.params = list(model.parameters())
+        self.names = [n for n, _ in model.named_parameters()]
+        self.values = [p.detach().float().clone() for p in self.params]
+
+    @torch.no_grad()
+    def update(self) -> None:
+        self.steps += 1
+        decay = min(self.decay, (1 + self.steps) / (18 + self.steps))
+        torch._foreach_lerp_(self.values, [p.float() for p in self.params], 1 - decay)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return dict(zip(self.names, self.values, strict=True))
+
+    @torch.no_grad()
+    def load(self, values: Mapping[str, Tensor], steps: int) -> None:
+        self.steps = steps
+        for name, mine in zip(self.names, self.values, strict=True):
+            mine.copy_(values[name])
+
+    @torch.no_grad()
+    def apply(self) -> None:
+        """The model takes the averaged weights, in the dtypes of its parameters."""
+        for p, average in zip(self.params, self.values, strict=True):
+            p.copy_(average)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# 8. EVALUATION: one meter for every score
+# --------------------------------------------------------------------------------------------------------------------
+class Meter:
+    """Sums nats, targets and original bytes in double precision; the only place where bits per byte are computed."""
+
+    def __init__(self, device: torch.device | str = "cpu"):
+        self.nats = torch.zeros((), dtype=torch.float64, device=device)
+        self.tokens, self.bytes = 0, 0
+
+    def add(self, losses: Tensor, n_tokens: int, n_bytes: int) -> None:
+        """losses: nats of `n_tokens` targets that stand for `n_bytes` bytes."""
+        self.nats += losses.detach().double().sum()
+        self.tokens += n_tokens
+        self.bytes += n_bytes
+
+    def merge(self, other: Meter) -> None:
+        self.add(other.nats, other.tokens, other.bytes)
+
+    def reduced(self, run: Run) -> Meter:
+        """The sum over the ranks."""
+        total = Meter()
+        sums = torch.tensor([self.nats.item(), self.tokens, self.bytes], dtype=torch.float64)
+        sums = run.sum(sums).tolist()
+        total.nats.fill_(sums[0])
+        total.tokens, total.bytes = int(sums[1]), int(sums[2])
+        return total
+
+    def expect(self, n_tokens: int, n_bytes: int) -> None:
+        """Raises Stop unless exactly these were scored: no score without every token once."""
+        if (self.tokens, self.bytes) != (n_tokens, n_bytes):
+            raise Stop(f"scored {self.tokens} targets and {self.bytes} bytes of {n_tokens} and {n_bytes}: no score")
+
+    @property
+    def loss(self) -> float:
+        """Nats per token."""
+        return self.nats.item() / max(self.tokens, 1)
+
+    @property
+    def bpb(self) -> float:
+        """Bits per original byte."""
+        return self.nats.item() / (math.log(2) * max(self.bytes, 1))
+
+
+def evaluate(model: GPT, val: ValidationSet, cfg: Config, run: Run, label: str) -> Meter:
+    """Scores every validation target once, in packed rows without context across rows or documents.
+
+    Rows are cut from the stream by position, not by rank, so the score does not depend on the number of ranks.
+    """
+    began, row = time.monotonic(), cfg.val_row_tokens
+    meter = Meter(run.device)
+    n_rows = math.ceil(val.n_targets / row)
+    with torch.no_grad():
+        for r in range(run.rank, n_rows, run.world):
+            tokens = val.tokens[r * row : (r + 1) * row + 1]
+            n = len(tokens) - 1
+            tokens = np.pad(tokens, (0, row - n), constant_values=BOS)  # one shape for the tail, too
+            inputs, targets, docs = to_device(packed_row(tokens, cfg.eval_seq_len), run.device)
+            losses = model(inputs, targets, docs=docs, reduction="none")
+            meter.add(losses[0, :n], n, int(val.token_bytes[r * row + 1 : r * row + n + 1].sum()))
+            run.progress(f"evaluating {label}", r + 1, n_rows, began)
+    total = meter.reduced(run)
+    total.expect(val.n_targets, val.n_bytes)
+    seconds = time.monotonic() - began
+    run.metric("eval", label=label, loss=total.loss, bpb=total.bpb, tokens=total.tokens, bytes=total.bytes, seconds=seconds)
+    if not label.startswith("step "):
+        run.log(f"diagnostic {label} val_loss:{total.loss:.8f} val_bpb:{total.bpb:.8f} eval_time:{1000 * seconds:.0f}ms")
+    return total
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# 9. TRAINING
+# --------------------------------------------------------------------------------------------------------------------
+@dataclass
+class Progress:
+    """All that training needs to go on, besides tensors."""
+
+    step: int = 0
+    seconds: float = 0.0  # of counted training time
+    looped: bool = False
+
+
+class Stopwatch:
+    """Counts training time: pauses during validation, goes on after a resume."""
+
+    def __init__(self, seconds: float = 0.0):
+        self.total, self.began = seconds, time.monotonic()
+
+    def seconds(self) -> float:
+        return self.total + time.monotonic() - self.began
+
+    @contextlib.contextmanager
+    def paused(self, run: Run) -> Iterator[None]:
+        run.sync()
+        self.total = self.seconds()
+        yield
+        run.sync()
+        self.began = time.monotonic()
+
+
+def train_step(model: GPT, optimizer: Optimizer, loader: TrainLoader, lr_mul: float, momentum: float) -> Tensor:
+    """One optimizer step on MICRO_STEPS micro-batches; returns this rank's share of the mean loss, on the device."""
+    loss_sum = torch.zeros((), device=loader.run.device)
+    for inputs, targets, docs in loader.next_step():
+        loss = model(inputs, targets, docs=docs) / MICRO_STEPS
+        loss.backward()
+        loss_sum += loss.detach()
+    optimizer.clip(optimizer.reduce())
+    optimizer.update(lr_mul, momentum)
+    return loss_sum
+
+
+def prime(cfg: Config, run: Run, model: GPT, optimizer: Optimizer) -> None:
+    """Untimed steps in each loop mode so that everything is compiled; then weights, momentum and data roll back."""
+    if cfg.warmup_steps <= 0:
+        return
+    weights = {n: p.detach().clone() for n, p in model.named_parameters()}
+    state = optimizer.state_dict()
+    modes = (False, True) if cfg.num_loops > 0 else (False,)
+    for looped in modes:
+        model.looped = looped
+        if looped:
+            run.log(f"loop_warmup:enabled {describe_plan(model.plan)}")
+        loader = TrainLoader(cfg, run)
+        for step in range(1, cfg.warmup_steps + 1):
+            train_step(model, optimizer, loader, 1.0, cfg.muon_momentum).item()
+            if step <= 6 or step % 10 == 0 or step == cfg.warmup_steps:
+                run.log(f"{'loop_' if looped else ''}warmup_step: {step}/{cfg.warmup_steps}")
+        loader.close()
+    with torch.no_grad():
+        for n, p in model.named_parameters():
+            p.copy_(weights[n])
+    optimizer.load_state_dict(state)
+    model.looped = False
+
+
+def describe_plan(plan: Sequence[Visit]) -> str:
+    encoder, decoder = ([v.layer for v in plan if v.save_skip == side] for side in (True, False))
+    return f"encoder:{encoder} decoder:{decoder}"
+
+
+def save_checkpoint(run: Run, model: GPT, optimizer: Optimizer, average: WeightAverage, progress: Progress) -> None:
+    """Everything to continue training from here, for any number of ranks. A collective."""
+    state = {
+        "fingerprint": shape_fingerprint(model.cfg), "progress": vars(progress), "model": model.state_dict(),
+        "average": average.state_dict(), "average_steps": average.steps, "optimizer": optimizer.state_dict(),
+    }  # fmt: skip
+    run.save("checkpoint.pt", lambda f: torch.save(state, f))
+
+
+def load_checkpoint(cfg: Config, run: Run, model: GPT, optimizer: Optimizer, average: WeightAverage) -> Progress:
+    path = run.folder / "checkpoint.pt"
+    state = load_stage_file(cfg, run, path.name, "RESUME=1")
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    average.load(state["average"], state["average_steps"])
+    progress = Progress(**state["progress"])
+    model.looped = progress.looped
+    run.log(f"resuming from {path} at step {progress.step} after {progress.seconds:.1f}s of training")
+    return progress
+
+
+def require_finite(loss: Tensor | None, step: int, run: Run) -> None:
+    """The averaged loss is the same number everywhere, so every rank stops or none does."""
+    if loss is None or math.isfinite(loss.item()):
+        return
+    path = run.folder / "checkpoint.pt"
+    last = f"the last checkpoint is {path}, continue with RESUME=1" if path.exists() else "there is no checkpoint yet"
+    raise Stop(f"the training loss is {loss.item()} at step {step}: lower MATRIX_LR or look at the data; {last}")
+
+
+def train(cfg: Config, run: Run, model: GPT, val: ValidationSet) -> Progress:
+    """Trains until ITERATIONS or the wall-clock budget; the model ends with the averaged weights."""
+    optimizer, average = Optimizer(model, cfg, run), WeightAverage(model, cfg.ema_decay)
+    prime(cfg, run, model, optimizer)
+    progress = load_checkpoint(cfg, run, model, optimizer, average) if cfg.resume else Progress()
+    loader = TrainLoader(cfg, run, progress.step)
+    run.sync()
+    run.barrier()
+    watch, loss = Stopwatch(progress.seconds), None
+    while True:
+        # Every rank follows the clock of rank 0, so schedules and the loop's onset agree to the step.
+        progress.seconds, stop = run.agree(watch.seconds() if run.main else 0.0, run.stop_signal)
+        step, fraction = progress.step, training_fraction(cfg, progress.step, progress.seconds)
+        done = step >= cfg.iterations or (cfg.max_wallclock_seconds > 0 and fraction >= 1)
+        if done or (cfg.val_loss_every > 0 and step % cfg.val_loss_every == 0):
+            with watch.paused(run):
+                require_finite(loss, step, run)
+                score = evaluate(model, val, cfg, run, f"step {step}")
+                run.log(f"{step}/{cfg.iterations} val_loss: {score.loss:.4f} val_bpb: {score.bpb:.4f}")
+        if stop or (0 < cfg.checkpoint_every and step > 0 and step % cfg.checkpoint_every == 0 and not done):
+            require_finite(loss, step, run)
+            save_checkpoint(run, model, optimizer, average, progress)
+        if stop:
+            name = signal.Signals(int(stop)).name
+            raise Stop(f"stopped by {name} at step {step}: RESUME=1 RUN_DIR={run.folder} goes on", 128 + int(stop))
+        if done:
+            break
+        if cfg.num_loops > 0 and not progress.looped and fraction >= cfg.enable_looping_at:
+            model.looped = progress.looped = True
+            run.log(f"layer_loop:enabled step:{step} frac:{fraction:.3f} {describe_plan(model.plan)}")
+        lr_mul = lr_multiplier(cfg, fraction)
+        previous, loss = loss, run.sum(train_step(model, optimizer, loader, lr_mul, muon_momentum(cfg, step)))
+        average.update()
+        progress.step += 1
+        require_finite(previous, step, run)  # one step late, so that the host never waits for the step it has just sent
+        log_train(cfg, run, progress, watch, loss, lr_mul)
+    loader.close()
+    run.sync()
+    if progress.step < cfg.iterations:
+        run.log(f"stopping_early: wallclock_cap train_time: {1000 * progress.seconds:.0f}ms step: {step}/{cfg.iterations}")
+    run.log("ema:applying EMA weights")
+    average.apply()
+    return progress
+
+
+def log_train(cfg: Config, run: Run, progress: Progress, watch: Stopwatch, loss: Tensor, lr_mul: float) -> None:
+    step = progress.step
+    if not (step <= 5 or (cfg.train_log_every > 0 and step % cfg.train_log_every == 0) or step == cfg.iterations):
+        return
+    value, seconds, tokens = loss.item(), watch.seconds(), step * cfg.train_batch_tokens
+    rate = tokens / max(seconds, 1e-9)
+    run.log(f"{step}/{cfg.iterations} train_loss: {value:.4f} train_time: {seconds / 60:.1f}m tok/s: {rate:.0f}")
+    run.metric("train", step=step, loss=value, lr_mul=lr_mul, train_s=seconds, tokens=tokens, looped=progress.looped)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# 10. QUANTIZATION: Hessians of the inputs, GPTQ, int8 rows
+# --------------------------------------------------------------------------------------------------------------------
+class Matrix(NamedTuple):
+    """Where one matrix of each layer lives and what quantizes it."""
+
+    bank: str
+    half: int  # first or second run of L matrices in the bank
+    site: str  # the matmul input whose Hessian it uses
+    clip: str  # the knob {clip}_clip_sigmas
+
+
+MATRICES = {  # public name inside a block -> place
+    "attn.c_q": Matrix("qo_bank", 0, "attn_in", "attn"),
+    "attn.c_k": Matrix("kv_bank", 0, "attn_in", "attn"),
+    "attn.c_v": Matrix("kv_bank", 1, "attn_in", "attn"),
+    "attn.proj": Matrix("qo_bank", 1, "attn_out", "attn"),
+    "mlp.fc": Matrix("mlp_up_bank", 0, "mlp_in", "mlp"),
+    "mlp.proj": Matrix("mlp_down_bank", 0, "mlp_out", "mlp"),
+}
+
+
+def unbank(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Banks (2L or L, rows, cols) to one entry per matrix, `blocks.{i}.{name}.weight`; the rest as it is."""
+    flat = {k: v for k, v in state.items() if not k.endswith("_bank")}
+    n_layers = len(state["mlp_up_bank"])
+    for i in range(n_layers):
+        for name, m in MATRICES.items():
+            flat[f"blocks.{i}.{name}.weight"] = state[m.bank][m.half * n_layers + i]
+    return flat
+
+
+def rebank(flat: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The inverse of `unbank`."""
+    inner = {f".{name}.weight" for name in MATRICES}
+    state = {k: v for k, v in flat.items() if not any(k.endswith(s) for s in inner)}
+    n_layers = sum(k.endswith(".mlp.fc.weight") for k in flat)
+    for bank in dict.fromkeys(m.bank for m in MATRICES.values()):
+        names = sorted((m.half, name) for name, m in MATRICES.items() if m.bank == bank)
+        state[bank] = torch.stack([flat[f"blocks.{i}.{name}.weight"] for _, name in names for i in range(n_layers)])
+    return state
+
+
+def hessian_key(name: str) -> str:
+    """The tap that sees the inputs of matrix `name`."""
+    if name == "tok_emb.weight":
+        return "head"
+    layer, matrix = name.removeprefix("blocks.").removesuffix(".weight").split(".", 1)
+    return f"blocks.{layer}.{MATRICES[matrix].site}"
+
+
+@torch.no_grad()
+def calibrate(model: GPT, batches: Iterable[Tensor], run: Run) -> dict[str, Tensor]:
+    """Sum of x^T x (in, in), float32, over the inputs of every quantized matmul, keyed by tap name.
+
+    The loop is on exactly when inference has it on, so looped layers sum over all their passes.
+    """
+    sums: dict[str, Tensor] = {}
+
+    def tap(name: str, x: Tensor) -> None:
+        x = x.reshape(-1, x.size(-1)).float()
+        if name not in sums:
+            sums[name] = x.new_zeros(x.size(1), x.size(1))
+        sums[name].addmm_(x.mT, x)
+
+    # A rank without a batch of its own still knows every sum's shape: one token, counted zero times.
+    model(torch.full((1, 1), BOS, device=run.device), tap=tap)
+    for h in sums.values():
+        h.zero_()
+    for tokens in batches:
+        model(tokens, tap=tap)
+    for name in sorted(sums):
+        run.sum(sums[name])
+    return sums
+
+
+@torch.no_grad()
+def gptq(
+    weight: Tensor, hessian: Tensor, bits: int, clip_sigmas: float, block_size: int = 128
+) -> tuple[Tensor, Tensor]:
+    """Quantizes weight (rows, cols) column by column, each error passed on to the columns not yet done.
+
+    hessian (cols, cols): sum of x^T x over the inputs. Returns int8 in +-(2^(bits-1) - 1) and a float16 scale per row that
+    covers `clip_sigmas` standard deviations. Frantar et al. 2022, arXiv 2210.17323, columns by descending Hessian diagonal.
+    """
+    w, h = weight.float().clone(), hessian.float().clone()
+    top = 2 ** (bits - 1) - 1
+    scale = (clip_sigmas * w.std(dim=1) / top).clamp_min(1e-10).half()
+    scale = torch.where(scale == 0, torch.finfo(torch.float16).smallest_normal, scale)
+    dead = h.diagonal() == 0
+    h.diagonal()[dead] = 1
+    w[:, dead] = 0
+    h.diagonal().add_(0.01 * h.diagonal().mean())
+    order = h.diagonal().argsort(descending=True)
+    w, h = w[:, order], h[order][:, order]
+    inverse = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(h)), upper=True)
+    q, step = torch.empty_like(w), scale.float()
+    for a in range(0, w.size(1), block_size):
+        b = min(a + block_size, w.size(1))
+        block, errors, inv = w[:, a:b], torch.empty_like(w[:, a:b]), inverse[a:b, a:b]
+        for j in range(b - a):
+            q[:, a + j] = (block[:, j] / step).round().clamp(-top, top)
+            errors[:, j] = (block[:, j] - q[:, a + j] * step) / inv[j, j]
+            block[:, j:] -= errors[:, j, None] * inv[None, j, j:]
+        w[:, b:] -= errors @ inverse[a:b, b:]
+    return q[:, order.argsort()].to(torch.int8), scale
+
+
+def int8_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Rounds each row to 8 bits: int8 (rows, cols) and a float16 scale per row."""
+    scale = (weight.float().abs().amax(dim=1) / 127).clamp_min(1e-7).half()
+    return (weight.float() / scale.float()[:, None]).round().clamp(-127, 127).to(torch.int8), scale
+
+
+class Coded(NamedTuple):
+    """One tensor as the artifact stores it: `codes` (int8) times `scale` per row, or float16 `values` alone."""
+
+    kind: str  # gptq, rows or float16
+    bits: int
+    codes: Tensor | None
+    scale: Tensor | None
+    values: Tensor | None
+
+    def decode(self) -> Tensor:
+        if self.kind == "float16":
+            return self.values.float()
+        return self.codes.float() * self.scale.float()[:, None]
+
+
+def code_tensor(name: str, x: Tensor, hessians: Mapping[str, Tensor], cfg: Config) -> Coded:
+    """Quantizes one unbanked tensor the way its role says."""
+    matrix = next((m for key, m in MATRICES.items() if name.endswith(f".{key}.weight")), None)
+    storage = "gptq" if matrix else role_of(name).storage
+    if storage == "gptq":
+        clip = getattr(cfg, f"{matrix.clip}_clip_sigmas") if matrix else cfg.embed_clip_sigmas
+        bits = cfg.matrix_bits if matrix else cfg.embed_bits
+        codes, scale = gptq(x, hessians[hessian_key(name)].to(x.device), bits, clip)
+        return Coded("gptq", bits, codes.cpu(), scale.cpu(), None)
+    if storage == "rows" and cfg.gated_attn_quant_gate:
+        codes, scale = int8_rows(x)
+        return Coded("rows", 8, codes.cpu(), scale.cpu(), None)
+    return Coded("float16", 16, None, None, x.half().cpu())
+
+
+def quantize(state: Mapping[str, Tensor], hessians: Mapping[str, Tensor], cfg: Config, run: Run) -> dict[str, Coded]:
+    """Every tensor in its stored form, the work split over the ranks, the result on all of them."""
+    flat = unbank(state)
+    names, began = sorted(flat, key=lambda n: (-flat[n].numel(), n)), time.monotonic()
+    mine = {}
+    for done, name in enumerate(names[run.rank :: run.world], 1):
+        mine[name] = tuple(code_tensor(name, flat[name], hessians, cfg))
+        run.progress("quantizing", done * run.world, len(names), began)
+    every = {name: Coded(*parts) for share in run.gather(mine) for name, parts in share.items()}
+    log_categories(every, run)
+    return {name: every[name] for name in flat}
+
+
+def log_categories(coded: Mapping[str, Coded], run: Run) -> None:
+    label = {"gptq": "gptq (int{})", "rows": "gate_int{}_row", "float16": "passthrough (float{})"}
+    groups: dict[str, set[str]] = {}
+    for name, c in coded.items():
+        groups.setdefault(label[c.kind].format(c.bits), set()).add(re.sub(r"\.\d+", "", name))
+    run.log("Quantized weights:")
+    for category in sorted(groups):
+        run.log(f"  {category}: {', '.join(sorted(groups[category]))}")
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# 11. PACKING: the artifact and the submission, the two files that count
+# --------------------------------------------------------------------------------------------------------------------
+# An artifact is MAGIC, the length of the header (uint32), the header (deflated JSON) and the payload: compressed sections
+# of raw little-endian buffers. No pickle: reading a stranger's artifact can only fail, not run anything.
+MAGIC = b"GOLF\x01"
+HEADER_LIMIT, RAW_LIMIT = 1 << 20, 1 << 30  # bytes that a header, and all sections together, may unpack to
+MODEL_FIELDS = tuple(
+    "vocab_size num_layers model_dim num_heads num_kv_heads mlp_mult tied_embed_init_std logit_softcap rope_base rope_dims "
+    "rope_yarn ln_scale xsa_last_n skip_gates_enabled num_loops loop_start loop_end parallel_start_layer "
+    "parallel_final_lane gated_attn_enabled attn_out_gate_enabled attn_out_gate_src smear_gate_enabled gate_window "
+    "train_seq_len".split()
+)  # fmt: skip
+
+
+class ArtifactError(ValueError):
+    """Why a file is not a usable artifact."""
+
+
+def _brotli(data: bytes) -> bytes:
+    import brotli
+
+    return brotli.compress(data, quality=11, lgwin=24)
+
+
+def _unbrotli(data: bytes, size: int) -> bytes:
+    import brotli
+
+    decoder, out = brotli.Decompressor(), bytearray()
+    chunk = data
+    while len(out) <= size and not decoder.is_finished():
+        piece = decoder.process(chunk, output_buffer_limit=size + 1 - len(out))
+        if not piece and not chunk:
+            break
+        out += piece
+        chunk = b""
+    return bytes(out)
+
+
+def _zstd(data: bytes) -> bytes:
+    import zstandard
+
+    return zstandard.ZstdCompressor(level=22).compress(data)
+
+
+def _unzstd(data: bytes, size: int) -> bytes:
+    import zstandard
+
+    return zstandard.ZstdDecompressor().stream_reader(io.BytesIO(data)).read(size + 1)
+
+
+COMPRESSORS: dict[str, tuple[Callable[[bytes], bytes], Callable[[bytes, int], bytes]]] = {
+    "brotli": (_brotli, _unbrotli),
+    "lzma": (lambda d: lzma.compress(d, preset=9 | lzma.PRESET_EXTREME), lambda d, n: lzma.LZMADecompressor().decompress(d, n + 1)),
+    "zstd": (_zstd, _unzstd),
+}  # fmt: skip
+
+
+def section_of(name: str, coded: Coded) -> str:
+    """Tensors of one section share their statistics and are compressed together."""
+    if coded.kind == "gptq":
+        return re.sub(r"^blocks\.\d+\.", "", name)
+    return coded.kind
+
+
+def _buffers(name: str, c: Coded) -> list[tuple[str, np.ndarray]]:
+    """(section, values) of one tensor, in file order."""
+    if c.kind == "float16":
+        return [("float16", c.values.numpy())]
+    return [(section_of(name, c), c.codes.numpy()), ("float16", c.scale.numpy())]
+
+
+def shuffle_bytes(data: bytes) -> bytes:
+    """Low bytes of 16-bit values, then high bytes: the high ones compress."""
+    return data[0::2] + data[1::2]
+
+
+def unshuffle_bytes(data: bytes) -> bytes:
+    out = np.empty(len(data), np.uint8)
+    half = len(data) // 2
+    out[0::2], out[1::2] = np.frombuffer(data[:half], np.uint8), np.frombuffer(data[half:], np.uint8)
+    return out.tobytes()
+
+
+def pack(coded: Mapping[str, Coded], looped: bool, cfg: Config) -> bytes:
+    """The artifact as bytes: identical for identical input."""
+    sections: dict[str, bytearray] = {}
+    for name, c in coded.items():
+        for section, values in _buffers(name, c):
+            sections.setdefault(section, bytearray()).extend(np.ascontiguousarray(values).tobytes())
+    raw = [shuffle_bytes(bytes(b)) if s == "float16" else bytes(b) for s, b in sections.items()]
+    with ThreadPoolExecutor() as pool:  # the compressors release the interpreter lock
+        packed = list(pool.map(COMPRESSORS[cfg.compressor][0], raw))
+    payload = b"".join(packed)
+    defaults = Config()
+    header = {
+        "compressor": cfg.compressor,
+        "looped": looped,
+        "config": {k: getattr(cfg, k) for k in MODEL_FIELDS if getattr(cfg, k) != getattr(defaults, k)},
+        "tensors": [[n, c.kind, c.bits, list((c.codes if c.values is None else c.values).shape)] for n, c in coded.items()],
+        "sections": [len(p) for p in packed],
+        "sha256": hashlib.sha256(payload).hexdigest(),
+    }
+    text = zlib.compress(json.dumps(header, separators=(",", ":")).encode(), 9)
+    return MAGIC + len(text).to_bytes(4, "little") + text + payload
+
+
+def read_header(blob: bytes) -> tuple[dict[str, Any], bytes]:
+    """Header and payload of an artifact, checked. Raises ArtifactError."""
+    if blob[: len(MAGIC)] != MAGIC:
+        raise ArtifactError("not an artifact of this program (or of another version of it)")
+    at = len(MAGIC) + 4
+    size = int.from_bytes(blob[len(MAGIC) : at], "little")
+    try:
+        inflate = zlib.decompressobj()
+        header = json.loads(inflate.decompress(blob[at : at + size], HEADER_LIMIT))
+        compressor, tensors, sections = header["compressor"], header["tensors"], header["sections"]
+        looped, config, digest = header["looped"], header["config"], header["sha256"]
+    except (zlib.error, ValueError, KeyError, TypeError, RecursionError):
+        raise ArtifactError("the artifact's header is damaged: copy the file again") from None
+    typed = isinstance(looped, bool) and isinstance(config, dict) and isinstance(tensors, list)
+    if not inflate.eof or not typed or compressor not in COMPRESSORS:
+        raise ArtifactError("the artifact's header is damaged: copy the file again")
+    if not isinstance(sections, list) or not all(isinstance(n, int) and n >= 0 for n in sections):
+        raise ArtifactError("the artifact's header lists impossible section sizes")
+    payload = blob[at + size :]
+    if hashlib.sha256(payload).hexdigest() != digest or sum(sections) != len(payload):
+        raise ArtifactError("the artifact's payload is damaged or cut short (checksum): copy the file again")
+    return header, payload
+
+
+def _tensor_layout(header: dict[str, Any]) -> list[tuple[str, str, int, list[int], list[tuple[str, np.dtype, tuple]]]]:
+    """(name, kind, bits, shape, its buffers as (section, dtype, shape)) in file order. Raises ArtifactError."""
+    rows, total = [], 0
+    for entry in header["tensors"]:
+        try:
+            name, kind, bits, shape = entry
+            valid = isinstance(name, str) and kind in ("gptq", "rows", "float16") and isinstance(bits, int)
+            valid = valid and 0 < len(shape) <= 4 and all(isinstance(n, int) and 0 < n < 1 << 24 for n in shape)
+        except (TypeError, ValueError):
+            valid = False
+        if not valid or (kind != "float16" and len(shape) != 2):
+            raise ArtifactError(f"the artifact describes an impossible tensor: {str(entry)[:80]}")
+        section = section_of(name, Coded(kind, bits, None, None, None))
+        buffers = [("float16", np.dtype("<f2"), tuple(shape))]
+        if kind != "float16":
+            buffers = [(section, np.dtype("i1"), tuple(shape)), ("float16", np.dtype("<f2"), (shape[0],))]
+        total += sum(d.itemsize * math.prod(s) for _, d, s in buffers)
+        if total > RAW_LIMIT:
+            raise ArtifactError(f"the artifact would unpack to more than {RAW_LIMIT >> 20} MiB")
+        rows.append((name, kind, bits, shape, buffers))
+    return rows
+
+
+def unpack(blob: bytes) -> tuple[dict[str, Tensor], bool, dict[str, Any]]:
+    """Artifact -> (banked state dict in float32, whether the loop is on, model settings that differ from the defaults).
+
+    Raises ArtifactError in one sentence for anything damaged, cut short or impossible; allocates what the header's shapes
+    need and no more than RAW_LIMIT.
+    """
+    header, payload = read_header(blob)
+    layout = _tensor_layout(header)
+    sizes: dict[str, int] = {}
+    for *_, buffers in layout:
+        for section, dtype, shape in buffers:
+            sizes[section] = sizes.get(section, 0) + dtype.itemsize * math.prod(shape)
+    if len(sizes) != len(header["sections"]):
+        raise ArtifactError("the artifact's sections do not match its tensors")
+    ends = list(itertools.accumulate(header["sections"]))
+    streams = {}
+    for (section, size), a, b in zip(sizes.items(), [0, *ends], ends, strict=False):
+        streams[section] = _section(payload[a:b], size, section, header["compressor"])
+    flat = {}
+    for name, kind, bits, _, buffers in layout:
+        parts = [torch.from_numpy(np.frombuffer(streams[s].read(d.itemsize * math.prod(n)), d).reshape(n).copy())
+                 for s, d, n in buffers]  # fmt: skip
+        flat[name] = Coded(kind, bits, *((None, None, parts[0]) if kind == "float16" else (*parts, None))).decode()
+    try:
+        return rebank(flat), header["looped"], header["config"]
+    except (KeyError, RuntimeError):
+        raise ArtifactError("the artifact lacks a matrix of some layer") from None
+
+
+def _section(data: bytes, size: int, section: str, compressor: str) -> io.BytesIO:
+    try:
+        raw = COMPRESSORS[compressor][1](data, size)
+    except Exception as e:  # each compressor has error classes of its own
+        raise ArtifactError(f"the artifact's section {section} does not decompress: {e}") from None
+    if len(raw) != size:
+        raise ArtifactError(f"the artifact's section {section} has {len(raw)} bytes, its tensors need {size}")
+    return io.BytesIO(unshuffle_bytes(raw) if section == "float16" else raw)
+
+
+class StripAnnotations(ast.NodeTransformer):
+    """Drops what only readers need: annotations of signatures and of local variables, except of Triton kernels."""
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:
+        if any(ast.unparse(d).endswith("jit") for d in node.decorator_list):
+            return node  # tl.constexpr is an annotation that means something
+        every = (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs, node.args.vararg, node.args.kwarg)
+        for arg in every:
+            if arg is not None:
+                arg.annotation = None
+        node.returns = None
+        node.body = [self._plain(s) for s in node.body]
+        self.generic_visit(node)
+        return node
+
+    @staticmethod
+    def _plain(s: ast.stmt) -> ast.stmt:
+        if isinstance(s, ast.AnnAssign) and s.value is not None and isinstance(s.target, ast.Name):
+            return ast.copy_location(ast.Assign([s.target], s.value), s)
+        return s
+
+
+def minify(source: str) -> str:
+    """The same program without comments, docstrings, annotations and long local names."""
+    import python_minifier
+
+    tree = ast.fix_missing_locations(StripAnnotations().visit(ast.parse(source)))
+    return python_minifier.minify(
+        ast.unparse(tree), remove_annotations=False, remove_literal_statements=True, hoist_literals=False,
+        rename_locals=True, preserve_locals=["self"],
+    )  # fmt: skip
+
+
+STUB = """# -*- coding: latin-1 -*-
+import brotli,os,runpy,sys,tempfile
+with tempfile.TemporaryDirectory() as d:
+ p=os.path.join(d,"train_gpt.py");open(p,"wb").write(brotli.decompress("{}".encode("latin-1")));runpy.run_path(p,run_name="__main__")
+"""
+
+
+def self_extracting(program: str) -> bytes:
+    """A Python file that unpacks `program` into a temporary folder and runs it.
+
+    The compressed bytes stand in a latin-1 string literal, five of them escaped: 2 % longer than raw, where base85 is 25 %.
+    The program becomes a real file because Triton reads the source of its kernels from disk.
+    """
+    text = _brotli(program.encode()).decode("latin-1")
+    for raw, safe in (("\\", "\\\\"), ('"', '\\"'), ("\n", "\\n"), ("\r", "\\r"), ("\0", "\\x00")):
+        text = text.replace(raw, safe)
+    return STUB.replace("{}", text).encode("latin-1")
+
+
+def build_submission(folder: Path, artifact: bytes) -> dict[str, int]:
+    """Writes submission/train_gpt.py and submission/final_model.int6.ptz; returns the bytes of each and their sum."""
+    source = Path(__file__).read_text()
+    code = self_extracting(minify(source))
+    write_atomically(folder / "train_gpt.py", lambda f: f.write(code))
+    write_atomically(folder / ARTIFACT_NAME, lambda f: f.write(artifact))
+    sizes = {"source": len(source.encode()), **{k: (folder / n).stat().st_size for k, n in
+             (("code", "train_gpt.py"), ("artifact", ARTIFACT_NAME))}}  # fmt: skip
+    return {**sizes, "total": sizes["code"] + sizes["artifact"]}
+
+
+ARTIFACT_NAME = "final_model.int6.ptz"
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# 12. TEST-TIME TRAINING: score a chunk, then learn from it
+# --------------------------------------------------------------------------------------------------------------------
+class Window(NamedTuple):
+    """The context in which one chunk of a document is scored; positions count from the document's first input."""
+
+    start: int  # first input of the window
+    length: int  # inputs in it
+    offset: int  # first scored position inside it
+    count: int  # scored positions
+
+
+def windows(n_targets: int, chunk_size: int, context: int) -> list[Window]:
+    """One window per chunk of a document: up to `context` inputs ending with the chunk, the chunk scored."""
+    rows = []
+    for begin in range(0, n_targets, chunk_size):
+        end = min(begin + chunk_size, n_targets)
+        start = max(0, end - context)
+        rows.append(Window(start, end - start, begin - start, end - begin))
+    return rows
+
+
+ADAPTED = ("q", "k", "v", "attn_bypass", "mlp_bypass")
+
+
+class Adapters:
+    """A low-rank pair per visit and site and one for the head, a set for each of N documents (LoRA, arXiv 2106.09685).
+
+    A (S, N, R, in) starts the same for every document, from the seed alone; B (S, N, out, R) starts at zero, so new
+    adapters change nothing. All in float32.
+    """
+
+    def __init__(self, cfg: Config, n_docs: int, n_visits: int, device: torch.device | str = "cpu"):
+        d, kv = cfg.model_dim, cfg.num_kv_heads * cfg.head_dim
+        wanted = dict(q=True, k=cfg.ttt_k_lora, v=True, attn_bypass=cfg.ttt_o_lora, mlp_bypass=cfg.ttt_mlp_lora)
+        outs = dict(q=d, k=kv, v=kv, attn_bypass=d, mlp_bypass=d)
+        g = torch.Generator().manual_seed(cfg.seed)
+        self.tensors: dict[str, Tensor] = {}
+        for name in (*ADAPTED, "head"):
+            if name == "head":
+                rows, out = 1, cfg.vocab_size
+            elif wanted[name]:
+                rows, out = n_visits, outs[name]
+            else:
+                continue
+            a = (2 * torch.rand(rows, 1, cfg.ttt_lora_rank, d, generator=g) - 1) / d**0.5
+            self.tensors[f"{name}.A"] = a.to(device).expand(-1, n_docs, -1, -1).contiguous()
+            self.tensors[f"{name}.B"] = torch.zeros(rows, n_docs, out, cfg.ttt_lora_rank, device=device)
+
+    def parameters(self) -> list[Tensor]:
+        return list(self.tensors.values())
+
+    def _pairs(self, name: str, dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor] | None]:
+        if f"{name}.A" not in self.tensors:
+            return itertools.repeat(None)
+        a, b = (self.tensors[f"{name}.{side}"].to(dtype).unbind(0) for side in "AB")
+        return zip(a, b, strict=True)
+
+    def per_visit(self, dtype: torch.dtype) -> Iterator[Deltas]:
+        return itertools.starmap(Deltas, zip(*(self._pairs(name, dtype) for name in ADAPTED), strict=False))
+
+    def head(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        return next(iter(self._pairs("head", dtype)))
+
+    def requires_grad(self) -> Adapters:
+        for t in self.tensors.values():
+            t.requires_grad_(True)
+        return self
+
+    def keep(self, rows: Tensor) -> None:
+        """Drops the documents that are not in `rows`."""
+        self.tensors = {k: t.detach()[:, rows].requires_grad_(t.requires_grad) for k, t in self.tensors.items()}
+
+
+class AdapterOptimizer:
+    """AdamW, or SGD with momentum, on adapters whose documents leave as they finish."""
+
+    def __init__(self, adapters: Adapters, cfg: Config):
+        self.cfg, self.adapters, self.t = cfg, adapters, 0
+        self.momentum = {k: torch.zeros_like(t) for k, t in adapters.tensors.items()} if cfg.ttt_beta1 else {}
+        self.square = {k: torch.zeros_like(t) for k, t in adapters.tensors.items()} if cfg.ttt_optimizer == "adam" else {}
+
+    @torch.no_grad()
+    def step(self, objective: Tensor) -> None:
+        """One update along the gradient of `objective`."""
+        c, names = self.cfg, list(self.adapters.tensors)
+        grads = torch.autograd.grad(objective, self.adapters.parameters())
+        self.t += 1
+        for name, g in zip(names, grads, strict=True):
+            p = self.adapters.tensors[name]
+            if c.ttt_beta1:
+                g = self.momentum[name].mul_(c.ttt_beta1).add_(g, alpha=1 - c.ttt_beta1 if self.square else 1.0)
+            p.mul_(1 - c.ttt_lora_lr * c.ttt_weight_decay)
+            if not self.square:
+                p.sub_(g, alpha=c.ttt_lora_lr)
+                continue
+            raw = grads[names.index(name)]
+            v = self.square[name].mul_(c.ttt_beta2).addcmul_(raw, raw, value=1 - c.ttt_beta2)
+            size = c.ttt_lora_lr / (1 - c.ttt_beta1**self.t) * (1 - c.ttt_beta2**self.t) ** 0.5
+            p.addcdiv_(g, v.sqrt().add_(1e-10 * (1 - c.ttt_beta2**self.t) ** 0.5), value=-size)
+
+    def keep(self, rows: Tensor) -> None:
+        self.adapters.keep(rows)
+        self.momentum = {k: t[:, rows] for k, t in self.momentum.items()}
+        self.square = {k: t[:, rows] for k, t in self.square.items()}
+
+
+class Chunk(NamedTuple):
+    """One chunk of N documents on the device, padded to common lengths."""
+
+    inputs: Tensor  # (N, T)
+    targets: Tensor  # (N, C)
+    at: Tensor  # (N, C): positions whose next token is scored
+    scored: Tensor  # (N, C): 1 where a target counts
+    learn: Tensor  # (N,): 1 for documents that have later chunks
+    n_tokens: int
+    n_bytes: int
+
+
+class TestTimeScorer:
+    """Scores batches of documents, each with adapters of its own that learn from what has been scored."""
+
+    WINDOW_STEP = 256  # windows are padded to multiples of this: few shapes, little waste
+
+    def __init__(self, model: GPT, val: ValidationSet, cfg: Config, run: Run):
+        self.model, self.val, self.cfg, self.run = model, val, cfg, run
+        self.tokens = torch.from_numpy(val.tokens.astype(np.int32)).to(run.device)
+        self.byte_sums = np.concatenate([[0], np.cumsum(val.token_bytes)])
+
+    def bytes_of(self, doc: Document) -> int:
+        """Original bytes of a document's targets."""
+        return int(self.byte_sums[doc.start + doc.n_targets + 1] - self.byte_sums[doc.start + 1])
+
+    def run_batch(self, docs: Sequence[Document]) -> Meter:
+        """All targets of `docs`, in order; a document's tokens influence only its own later chunks."""
+        cfg, meter = self.cfg, Meter(self.run.device)
+        adapters = Adapters(cfg, len(docs), len(self.model.plan), self.run.device).requires_grad()
+        optimizer = AdapterOptimizer(adapters, cfg)
+        plans = [windows(d.n_targets, cfg.ttt_chunk_size, cfg.ttt_eval_seq_len) for d in docs]
+        rows = list(range(len(docs)))
+        for i in range(max(map(len, plans))):
+            rows = self.drop_finished(rows, [len(p) > i for p in plans], optimizer)
+            chunk = self.gather([(docs[r], plans[r][i] if i < len(plans[r]) else None, i + 1 < len(plans[r])) for r in rows])
+            losses = self.score_chunk(chunk, adapters)
+            meter.add(losses * chunk.scored, chunk.n_tokens, chunk.n_bytes)
+            self.learn_chunk(chunk, losses, adapters, optimizer)
+        return meter
+
+    def score_chunk(self, chunk: Chunk, adapters: Adapters) -> Tensor:
+        """Nats (N, C) of the chunk's targets, with the adapters as they are."""
+        return self.model(chunk.inputs, chunk.targets, adapters=adapters, at=chunk.at, reduction="none")
+
+    def learn_chunk(self, chunk: Chunk, losses: Tensor, adapters: Adapters, optimizer: AdapterOptimizer) -> None:
+        """Updates the adapters of the documents that go on, from the losses just scored."""
+        if not chunk.learn.any():
+            return
+        for repeat in range(self.cfg.ttt_grad_steps):
+            if repeat:
+                losses = self.score_chunk(chunk, adapters)
+            optimizer.step(((losses * chunk.scored).mean(dim=1) * chunk.learn).sum())
+
+    def drop_finished(self, rows: list[int], going: list[bool], optimizer: AdapterOptimizer) -> list[int]:
+        """Halves the batch whenever no more than half of it goes on: documents are independent, so nothing changes."""
+        size, active = len(rows), [i for i, r in enumerate(rows) if going[r]]
+        while size > 2 and len(active) <= size // 2:
+            size = (size + 1) // 2
+        if size == len(rows):
+            return rows
+        kept = active + [i for i, r in enumerate(rows) if not going[r]][: size - len(active)]
+        optimizer.keep(torch.tensor(kept, device=self.run.device))
+        return [rows[i] for i in kept]
+
+    def gather(self, parts: Sequence[tuple[Document, Window | None, bool]]) -> Chunk:
+        """The chunk's tensors; a document without a window (finished) is a row of padding."""
+        device, width = self.run.device, self.cfg.ttt_chunk_size
+        none = Window(0, 0, 0, 0)
+        spans = [(d.start + (w or none).start, *(w or none)[1:]) for d, w, _ in parts]
+        start, length, offset, count = torch.tensor(spans, device=device).unsqueeze(-1).unbind(1)  # (N, 1) each
+        longest = max(s[1] for s in spans)
+        column = torch.arange(math.ceil(longest / self.WINDOW_STEP) * self.WINDOW_STEP, device=device)
+        inputs = torch.where(column < length, self.tokens[(start + column).clamp_max(len(self.tokens) - 1)], BOS).long()
+        place = torch.arange(width, device=device)
+        scored, at = place < count, (offset + place).clamp_max(len(column) - 1)
+        targets = self.tokens[(start + at + 1).clamp_max(len(self.tokens) - 1)].long()
+        first = [(s + o + 1, n) for s, _, o, n in spans]
+        n_bytes = sum(int(self.byte_sums[a + n] - self.byte_sums[a]) for a, n in first)
+        learn = torch.tensor([more for *_, more in parts], device=device)
+        return Chunk(inputs, targets, at, scored, learn, sum(n for _, n in first), n_bytes)
+
+
+class Phase(NamedTuple):
+    """Batches of documents that are scored with the same base model."""
+
+    batches: list[list[Document]]
+    numbers: list[int]  # of the batches, counted from the shortest documents: the public log's numbering
+
+
+def plan_phases(documents: Sequence[Document], cfg: Config) -> list[Phase]:
+    """Longest documents first; the first PREFIX_DOCS in PHASED_TTT_NUM_PHASES shares, each followed by base learning.
+
+    A function of the documents alone: every rank knows every phase, whichever rank scores a batch.
+    """
+    ordered = sorted(documents, key=lambda d: (-d.n_targets, d.start))
+    prefix, n = min(cfg.phased_ttt_prefix_docs, len(ordered)), cfg.phased_ttt_num_phases
+    edges = [0, *(prefix * (p + 1) // n for p in range(n)), len(ordered)]
+    groups = []
+    for a, b in itertools.pairwise(edges):
+        share, size = ordered[a:b], cfg.ttt_batch_size
+        groups.append([share[i : i + size] for i in range(0, len(share), size)])
+    total = sum(map(len, groups))
+    first = [0, *itertools.accumulate(map(len, groups))]
+    return [Phase(g, [total - f - i for i in range(len(g))]) for g, f in zip(groups, first, strict=False)]
+
+
+def sampled_documents(val: ValidationSet, cfg: Config) -> list[Document]:
+    documents = val.documents()
+    if cfg.val_doc_fraction < 1:
+        n = max(1, round(cfg.val_doc_fraction * len(documents)))
+        documents = sorted(random.Random(cfg.seed).sample(documents, n))
+    return documents
+
+
+def run_phase(scorer: TestTimeScorer, number: int, phase: Phase, n_batches: int, so_far: Meter, began: float) -> Meter:
+    """Scores a phase's batches, each claimed by one rank from a shared counter; returns the sum over the ranks."""
+    run, mine, rows = scorer.run, Meter(), []
+    while (claim := run.store.add(f"ttt/phase{number}", 1) - 1) < len(phase.batches):
+        docs, start = phase.batches[claim], time.monotonic()
+        meter = scorer.run_batch(docs)
+        lengths = [d.n_targets for d in docs]
+        row = dict(phase=number, batch=phase.numbers[claim], docs=len(docs), tokens=meter.tokens, bytes=meter.bytes,
+                   nats=meter.nats.item(), min_len=min(lengths), max_len=max(lengths))  # fmt: skip
+        rows.append({**row, "seconds": round(time.monotonic() - start, 3)})
+        mine.merge(meter)
+        running = Meter()
+        running.merge(so_far)
+        running.merge(mine)
+        run.log(f"ttp: b{row['batch']}/{n_batches} bl:{meter.loss:.4f} bb:{meter.bpb:.4f} rl:{running.loss:.4f} "
+                f"rb:{running.bpb:.4f} dl:{min(lengths)}-{max(lengths)} gd:{int(number > scorer.cfg.phased_ttt_num_phases)}")  # fmt: skip
+        run.progress(f"ttt phase {number}", claim + 1, len(phase.batches), began)
+    for row in sorted((r for share in run.gather(rows) for r in share), key=lambda r: -r["batch"]):
+        run.metric("ttt", **row)
+    return mine.reduced(run)
+
+
+def adapt_and_score(model: GPT, val: ValidationSet, cfg: Config, run: Run) -> tuple[Meter, float]:
+    """Phased test-time training: the total score and its seconds.
+
+    Within a document each chunk is scored before the adapters learn from it; between phases the base model learns from
+    documents whose every token has been scored. Raises Stop unless each target was scored exactly once.
+    """
+    scorer = TestTimeScorer(model, val, cfg, run)
+    warm_up_ttt(scorer)
+    documents = sampled_documents(val, cfg)
+    phases = only_batches(plan_phases(documents, cfg), cfg)
+    n_batches = max((n for p in phases for n in p.numbers), default=0)
+    prefix = sum(len(b) for p in phases[:-1] for b in p.batches)
+    boundaries = list(itertools.accumulate(sum(map(len, p.batches)) for p in phases[:-1]))
+    run.log("\nbeginning TTT eval timer")
+    run.log(f"ttt_phased: total_docs:{len(documents)} prefix_docs:{prefix} suffix_docs:{len(documents) - prefix} "
+            f"num_phases:{cfg.phased_ttt_num_phases} boundaries:{boundaries}")  # fmt: skip
+    began, total, scored = time.monotonic(), Meter(), []
+    for number, phase in enumerate(phases, 1):
+        model.requires_grad_(False)
+        total.merge(run_phase(scorer, number, phase, n_batches, total, began))
+        scored += [d for batch in phase.batches for d in batch]
+        if number < len(phases) and scored:
+            run.log(f"ttpp: phase:{number}/{len(phases) - 1} pd:{len(scored)} gd:{len(scored)} t:{time.monotonic() - began:.1f}s")
+            adapt_base(model, val, scored, cfg, run, number)
+            run.log(f"ttpr: phase:{number}/{len(phases) - 1} t:{time.monotonic() - began:.1f}s")
+    total.expect(sum(d.n_targets for d in scored), sum(scorer.bytes_of(d) for d in scored))
+    if cfg.val_doc_fraction == 1 and not cfg.ttt_eval_batches:
+        total.expect(val.n_targets, val.n_bytes)
+    return total, time.monotonic() - began
+
+
+def only_batches(phases: list[Phase], cfg: Config) -> list[Phase]:
+    """TTT_EVAL_BATCHES: those batches alone, by ascending length, without base learning."""
+    if not cfg.ttt_eval_batches:
+        return phases
+    wanted = {int(n) for n in cfg.ttt_eval_batches.split(",")}
+    pairs = sorted((n, b) for p in phases for n, b in zip(p.numbers, p.batches, strict=True) if n in wanted)
+    return [Phase([b for _, b in pairs], [n for n, _ in pairs])]
+
+
+def warm_up_ttt(scorer: TestTimeScorer) -> None:
+    """Runs every shape-independent graph once on random tokens, so that compilation is not counted as evaluation."""
+    run, cfg = scorer.run, scorer.cfg
+    run.log("ttt_lora:warming up compile (random tokens, no val data)")
+    began = time.monotonic()
+    if scorer.model.kernels.compiled:
+        rng = np.random.Generator(np.random.PCG64(cfg.seed))
+        tokens = rng.integers(BOS + 1, cfg.vocab_size, 8 * cfg.eval_seq_len).astype(np.uint16)
+        fake = ValidationSet(tokens, np.ones(len(tokens), np.int64))
+        scorer.model.requires_grad_(False)
+        stand_in = TestTimeScorer(scorer.model, fake, cfg, run)
+        for size, length in ((4, 3 * cfg.ttt_chunk_size), (6, 6 * cfg.ttt_chunk_size)):
+            stand_in.run_batch([Document(i, length) for i in range(size)])
+        weights = {n: p.detach().clone() for n, p in scorer.model.named_parameters()}
+        adapt_base(scorer.model, fake, [Document(0, len(tokens) - 1)], cfg, run, 0)
+        with torch.no_grad():
+            for n, p in scorer.model.named_parameters():
+                p.copy_(weights[n])
+        run.sync()
+    run.log(f"ttt_lora:compile warmup done ({time.monotonic() - began:.1f}s)")
+
+
+def base_lr(cfg: Config, chunk: int, n_chunks: int) -> float:
+    """Linear warm-up, then a cosine to zero over the chunks of a phase."""
+    warm = min(cfg.global_ttt_warmup_chunks, n_chunks)
+    if chunk < warm:
+        return cfg.global_ttt_warmup_start_lr + (cfg.global_ttt_lr - cfg.global_ttt_warmup_start_lr) * chunk / warm
+    return cfg.global_ttt_lr * 0.5 * (1 + math.cos(math.pi * (chunk - warm) / max(n_chunks - warm - 1, 1)))
+
+
+def adapt_base(model: GPT, val: ValidationSet, scored: Sequence[Document], cfg: Config, run: Run, phase: int) -> None:
+    """SGD of all weights over the scored documents, each rank on its share of every chunk; a collective per step.
+
+    The number of steps follows from the text alone, and a rank whose share is empty adds zero, so ranks never diverge.
+    """
+    text = np.concatenate([*(val.tokens[d.start : d.start + d.n_targets] for d in scored), [BOS]]).astype(np.uint16)
+    model.requires_grad_(True)
+    params = list(model.parameters())
+    optimizer = torch.optim.SGD(params, lr=cfg.global_ttt_lr, momentum=cfg.global_ttt_momentum)
+    seq, chunk_tokens = cfg.eval_seq_len, cfg.global_ttt_chunk_tokens
+    n_chunks = math.ceil((len(text) - 1) / chunk_tokens)
+    share = min(math.ceil(chunk_tokens / seq / run.world), cfg.global_ttt_batch_seqs) * seq
+    began = time.monotonic()
+    for chunk in range(n_chunks):
+        end = min((chunk + 1) * chunk_tokens, len(text) - 1)
+        lr = optimizer.param_groups[0]["lr"] = base_lr(cfg, chunk, n_chunks)
+        steps = [range(a, min(a + share * run.world, end)) for a in range(chunk * chunk_tokens, end, share * run.world)]
+        for span in steps * cfg.global_ttt_epochs:
+            a = min(span.start + run.rank * share, span.stop)
+            loss = base_loss(model, text[a : min(a + share, span.stop) + 1], share, cfg, run) / len(span)
+            loss.backward()
+            for p in params:
+                run.sum(p.grad)
+            nn.utils.clip_grad_norm_(params, cfg.global_ttt_grad_clip)
+            optimizer.step()
+            optimizer.zero_grad()
+        mean_loss = run.sum(loss.detach()).item()
+        if phase:
+            run.metric("base_sgd", phase=phase, chunk=chunk, lr=lr, loss=mean_loss)
+            run.progress(f"base learning {phase}", chunk + 1, n_chunks, began)
+    model.requires_grad_(False)
+
+
+def base_loss(model: GPT, tokens: np.ndarray, row: int, cfg: Config, run: Run) -> Tensor:
+    """Summed nats of the targets in `tokens` (n inputs and one target more), padded to `row` inputs."""
+    n = max(len(tokens) - 1, 0)
+    tokens = np.pad(tokens, (0, row + 1 - len(tokens)), constant_values=BOS)
+    inputs, targets, docs = packed_row(tokens, cfg.eval_seq_len)
+    if not cfg.global_ttt_respect_doc_boundaries:
+        cuts = pack_boundaries(np.zeros(row), cfg.eval_seq_len, len(docs.cu_seqlens))
+        docs = docs._replace(cu_seqlens=torch.from_numpy(cuts))
+    inputs, targets, docs = to_device((inputs, targets, docs), run.device)
+    counts = (torch.arange(row, device=run.device) < n)[None]
+    return (model(inputs, targets, docs=docs, reduction="none") * counts).sum()
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# 13. PIPELINE: stages, resume, report, main
+# --------------------------------------------------------------------------------------------------------------------
+STAGES = ("train", "calibrate", "quantize", "pack", "evaluate", "ttt")
+
+
+def shape_fingerprint(cfg: Config) -> dict[str, Any]:
+    """The settings that decide every tensor's shape and meaning."""
+    return {k: getattr(cfg, k) for k in MODEL_FIELDS}
+
+
+def load_stage_file(cfg: Config, run: Run, name: str, asked: str) -> dict[str, Any]:
+    """A file that an earlier stage left in the run folder. Raises Stop if it is missing, broken or of another model."""
+    path = run.folder / name
+    try:
+        state = torch.load(path, map_location=run.device, weights_only=True)
+    except FileNotFoundError:
+        raise Stop(f"{asked} needs {path}, which is not there: start from an earlier stage", 2) from None
+    except Exception as e:  # torch raises many kinds for a damaged file
+        raise Stop(f"{path} cannot be read ({type(e).__name__}): start from an earlier stage", 2) from None
+    theirs, ours = state["fingerprint"], shape_fingerprint(cfg)
+    if differ := [f"{k.upper()}={theirs.get(k)} there, {ours[k]} here" for k in ours if theirs.get(k) != ours[k]]:
+        raise Stop(f"{path} belongs to another model: {'; '.join(differ)}", 2)
+    return state
+
+
+def new_model(cfg: Config, run: Run) -> GPT:
+    seed_everything(cfg.seed)
+    return GPT(cfg, choose_kernels(cfg, run.device), run.dtype).place(run.device)
+
+
+def train_stage(cfg: Config, run: Run, val: ValidationSet, result: dict[str, Any]) -> GPT:
+    """Trains, scores the averaged weights and saves them."""
+    model = new_model(cfg, run)
+    run.log(f"kernels: {model.kernels.why}")
+    run.log(f"model_params:{sum(p.numel() for p in model.parameters())}")
+    if cfg.max_wallclock_seconds > 0:
+        budget = cfg.max_wallclock_seconds - cfg.gptq_reserve_seconds
+        run.log(f"gptq:reserving {cfg.gptq_reserve_seconds:.0f}s, effective={1000 * budget:.0f}ms")
+    with run.stage("train"):
+        progress = train(cfg, run, model, val)
+    reserved = torch.cuda.max_memory_reserved() >> 20 if run.device.type == "cuda" else run.peak_memory_mib()
+    run.log(f"peak memory allocated: {run.peak_memory_mib()} MiB reserved: {reserved} MiB")
+    result.update(steps=progress.step, train_seconds=progress.seconds, looped=progress.looped)
+    # The weights are safe on disk before anything else may fail.
+    numbers = {k: result[k] for k in ("steps", "train_seconds", "looped")}
+    state = {"fingerprint": shape_fingerprint(cfg), "model": model.state_dict(), **numbers}
+    run.save("01_weights.pt", lambda f: torch.save(state, f))
+    score_float(cfg, run, model, val, result)
+    return model
+
+
+def score_float(cfg: Config, run: Run, model: GPT, val: ValidationSet, result: dict[str, Any]) -> None:
+    with run.stage("evaluate float"):
+        result["bpb_float"] = evaluate(model, val, cfg, run, "pre-quantization post-ema").bpb
+
+
+def restored_model(cfg: Config, run: Run, result: dict[str, Any]) -> GPT:
+    """The model of 01_weights.pt."""
+    model, state = new_model(cfg, run), load_stage_file(cfg, run, "01_weights.pt", f"FROM_STAGE={cfg.from_stage}")
+    model.load_state_dict(state["model"])
+    model.looped = state["looped"]
+    result.update({k: state[k] for k in ("steps", "train_seconds", "looped")})
+    return model
+
+
+def checkpoint_model(cfg: Config, run: Run, val: ValidationSet, result: dict[str, Any]) -> GPT:
+    """The model of EVAL_ONLY_CHECKPOINT: a public state dict (the loop on, as the record scores) or our 01_weights.pt."""
+    path = Path(cfg.eval_only_checkpoint)
+    run.log(f"EVAL_ONLY_BYPASS: loading {path}, skipping training")
+    try:
+        state = torch.load(path, map_location=run.device, weights_only=True)
+    except Exception as e:
+        raise Stop(f"EVAL_ONLY_CHECKPOINT={path} cannot be read ({type(e).__name__})", 2) from None
+    looped = state.get("looped", cfg.num_loops > 0)
+    model = new_model(cfg, run)
+    try:
+        model.load_state_dict(state.get("model", state))
+    except RuntimeError as e:
+        raise Stop(f"{path} does not fit the settings: {e}", 2) from None
+    model.looped = bool(looped)
+    result.update(looped=model.looped)
+    run.log(f"EVAL_ONLY_BYPASS: model loaded, compiled, looping_active={model.looped}")
+    score_float(cfg, run, model, val, result)
+    return model
+
+
+def calibrate_stage(cfg: Config, run: Run, model: GPT, result: dict[str, Any]) -> dict[str, Tensor]:
+    run.log("GPTQ:collecting Hessians from calibration data...")
+    with run.stage("calibrate") as clock:
+        hessians = calibrate(model, calibration_batches(cfg, run), run)
+    n_matrices = len(MATRICES) * cfg.num_layers + 1
+    run.log(f"GPTQ:collected {n_matrices} Hessians in {clock['seconds']:.1f}s")
+    result["calibrate_seconds"] = clock["seconds"]
+    state = {"fingerprint": shape_fingerprint(cfg), "hessians": hessians, "calibrate_seconds": clock["seconds"]}
+    run.save("02_hessians.pt", lambda f: torch.save(state, f))
+    return hessians
+
+
+def quantize_stage(
+    cfg: Config, run: Run, model: GPT, hessians: Mapping[str, Tensor], result: dict[str, Any]
+) -> dict[str, Coded]:
+    state = {k: v.detach() for k, v in model.state_dict().items()}
+    run.save("final_model.pt", lambda f: torch.save(state, f))
+    if cfg.save_pre_gptq:
+        run.save("pre_gptq.pt", lambda f: torch.save(state, f))
+    with run.stage("quantize") as clock:
+        coded = quantize(state, hessians, cfg, run)
+    result["quantize_seconds"] = clock["seconds"]
+    if run.main:
+        run.log(f"Serialized model: {(run.folder / 'final_model.pt').stat().st_size} bytes")
+    file = {"fingerprint": shape_fingerprint(cfg), "coded": {k: tuple(c) for k, c in coded.items()},
+            **{k: result.get(k) for k in ("steps", "train_seconds", "looped")}}  # fmt: skip
+    run.save("03_coded.pt", lambda f: torch.save(file, f))
+    return coded
+
+
+def pack_stage(cfg: Config, run: Run, coded: Mapping[str, Coded], result: dict[str, Any]) -> bytes:
+    """Writes the artifact and the submission; a size over the limit is reported now and fails the run at its end."""
+    with run.stage("pack") as clock:
+        artifact, sizes = b"", {}
+        if run.main:
+            artifact = pack(coded, result["looped"], cfg)
+            write_atomically(run.folder / ARTIFACT_NAME, lambda f: f.write(artifact))
+            sizes = build_submission(run.folder / "submission", artifact)
+        artifact, sizes = run.same((artifact, sizes))
+    result.update(pack_seconds=clock["seconds"], artifact_bytes=sizes["artifact"], code_bytes=sizes["code"],
+                  total_bytes=sizes["total"])  # fmt: skip
+    run.log(f"Code size (uncompressed): {sizes['source']} bytes")
+    run.log(f"Code size (compressed): {sizes['code']} bytes")
+    run.log(f"Serialized model quantized+{cfg.compressor}: {sizes['artifact']} bytes")
+    run.log(f"Total submission size quantized+{cfg.compressor}: {sizes['total']} bytes")
+    if sizes["total"] > ARTIFACT_LIMIT:
+        run.log(f"ERROR: the submission is {sizes['total'] - ARTIFACT_LIMIT} bytes over {ARTIFACT_LIMIT}: lower MATRIX_BITS or "
+                "EMBED_BITS, or raise the *_CLIP_SIGMAS")  # fmt: skip
+    return artifact
+
+
+def model_from_artifact(cfg: Config, run: Run, blob: bytes) -> GPT:
+    """The scoring half starts here: nothing but the artifact says what the model is."""
+    try:
+        state, looped, settings = unpack(blob)
+        if set(settings) - set(MODEL_FIELDS):
+            raise ArtifactError("the artifact's settings are not those of a model")
+        shape = {k: getattr(Config(), k) for k in MODEL_FIELDS} | settings
+        mine = replace(cfg, **shape)
+        if mine.vocab_size != cfg.vocab_size:
+            raise ArtifactError(f"the artifact has a vocabulary of {mine.vocab_size}: set VOCAB_SIZE and a tokenizer to match")
+        model = new_model(mine, run)
+        model.load_state_dict(state)
+    except (ArtifactError, RuntimeError, TypeError, ValueError) as e:
+        raise Stop(f"cannot use this artifact: {e}", 2) from None
+    model.looped = looped
+    return model
+
+
+def score_stages(cfg: Config, run: Run, blob: bytes, val: ValidationSet, result: dict[str, Any], first: str) -> None:
+    """Plain evaluation and test-time training of the artifact."""
+    model = model_from_artifact(cfg, run, blob)
+    cfg = model.cfg
+    result["looped"] = model.looped
+    run.log(f"artifact: looped={model.looped} kernels: {model.kernels.why}")
+    if first != "ttt":
+        with run.stage("evaluate") as clock:
+            score = evaluate(model, val, cfg, run, "quantized")
+        result.update(bpb_quantized=score.bpb, eval_seconds=clock["seconds"])
+    if not cfg.ttt_enabled:
+        return
+    with run.stage("ttt"):
+        score, seconds = adapt_and_score(model, val, cfg, run)
+    run.log(f"quantized_ttt_phased val_loss:{score.loss:.8f} val_bpb:{score.bpb:.8f} eval_time:{1000 * seconds:.0f}ms")
+    run.log(f"total_eval_time:{seconds:.1f}s")
+    partial = cfg.val_doc_fraction < 1 or bool(cfg.ttt_eval_batches)
+    result.update({"bpb_ttt_partial" if partial else "bpb_ttt": score.bpb, "ttt_seconds": seconds})
+
+
+def artifact_to_score(cfg: Config, run: Run) -> bytes:
+    path = Path(cfg.eval_only_artifact) if cfg.eval_only_artifact else run.folder / ARTIFACT_NAME
+    try:
+        return path.read_bytes()
+    except OSError as e:
+        raise Stop(f"cannot read the artifact {path}: {e.strerror}", 2) from None
+
+
+def pipeline(cfg: Config, run: Run) -> dict[str, Any]:
+    """Runs the stages from the first that is asked for; returns the numbers of the result block."""
+    first = cfg.from_stage or "train"
+    if cfg.eval_only_checkpoint:
+        first = "calibrate"
+    elif cfg.eval_only_artifact:
+        first = "evaluate"
+    at = STAGES.index(first)
+    preflight(cfg, run, needs_training_data=at <= STAGES.index("calibrate"))
+    val = load_validation(cfg)
+    result: dict[str, Any] = {"seed": cfg.seed, "world": run.world}
+    describe_run(cfg, run, val)
+    if at > STAGES.index("pack"):
+        blob = artifact_to_score(cfg, run)
+    else:
+        blob = make_artifact(cfg, run, val, result, at)
+    if run.device.type == "cuda":
+        torch.cuda.empty_cache()
+    score_stages(cfg, run, blob, val, result, first)
+    result["peak_memory_mib"] = run.peak_memory_mib()
+    return result
+
+
+def make_artifact(cfg: Config, run: Run, val: ValidationSet, result: dict[str, Any], at: int) -> bytes:
+    """The training half: weights, Hessians, codes, artifact, each from its stage or from the file that stage left."""
+    if at == STAGES.index("pack"):
+        state = load_stage_file(cfg, run, "03_coded.pt", "FROM_STAGE=pack")
+        result.update({k: state[k] for k in ("steps", "train_seconds", "looped") if state[k] is not None})
+        coded = {k: Coded(*(p.cpu() if isinstance(p, Tensor) else p for p in parts)) for k, parts in state["coded"].items()}
+        return pack_stage(cfg, run, coded, result)
+    if cfg.eval_only_checkpoint:
+        model = checkpoint_model(cfg, run, val, result)
+    elif at == 0:
+        model = train_stage(cfg, run, val, result)
+    else:
+        model = restored_model(cfg, run, result)
+    if at <= STAGES.index("calibrate"):
+        hessians = calibrate_stage(cfg, run, model, result)
+    else:
+        state = load_stage_file(cfg, run, "02_hessians.pt", "FROM_STAGE=quantize")
+        hessians, result["calibrate_seconds"] = state["hessians"], state["calibrate_seconds"]
+    return pack_stage(cfg, run, quantize_stage(cfg, run, model, hessians, result), result)
+
+
+def describe_run(cfg: Config, run: Run, val: ValidationSet) -> None:
+    """The head of the log, and run.json: what ran, where, on which data."""
+    changed = {f.name: getattr(cfg, f.name) for f in fields(cfg) if getattr(cfg, f.name) != f.default}
+    gpu = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    info = {
+        "config": {f.name: getattr(cfg, f.name) for f in fields(cfg)},
+        "changed": changed,
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
+                     "triton": getattr(triton, "__version__", None)},
+        "device": gpu, "world": run.world, "dtype": str(run.dtype), "commit": git_commit(), "data": val.fingerprint(),
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S"),
+    }  # fmt: skip
+    if run.main:
+        write_atomically(run.folder / "run.json", lambda f: f.write(json.dumps(info, indent=1).encode()))
+    run.log("=" * 100, console=False)
+    run.log(Path(__file__).read_text() if cfg.from_stage == "" and not cfg.resume else "(source: as above)", console=False)
+    run.log("=" * 100, console=False)
+    run.log("Hyperparameters:", console=False)
+    for name in sorted(info["config"]):
+        run.log(f"  {name}: {info['config'][name]}", console=False)
+    run.log(f"run {run.folder} on {run.world} x {gpu}, {info['dtype']}, commit {info['commit'][:12] or 'unknown'}, "
+            f"torch {torch.__version__}")  # fmt: skip
+    run.log("changed knobs: " + (" ".join(f"{k.upper()}={v}" for k, v in changed.items()) or "none: the record"))
+    for name in sorted(set(RETIRED) & set(os.environ)):
+        run.log(f"WARNING: {name} has no effect: {RETIRED[name]}")
+    data = info["data"]
+    run.log(f"train_shards: {len(train_files(cfg))}")
+    run.log(f"val_tokens: {val.n_targets}")
+    run.log(f"val data: sha256 {data['val_sha256'][:16]} documents {data['val_documents']} bytes {data['val_bytes']} "
+            f"bytes/token {data['bytes_per_token']}")  # fmt: skip
+
+
+def report(cfg: Config, run: Run, result: dict[str, Any]) -> bool:
+    """The result block, the last lines of the log; says whether the run keeps all budgets."""
+    run.metric("result", **result)
+    if run.main:
+        path = run.folder / "run.json"
+        info = {**json.loads(path.read_text()), "result": result}
+        write_atomically(path, lambda f: f.write(json.dumps(info, indent=1).encode()))
+    names = {"bpb_float": "float (EMA)", "bpb_quantized": "quantized", "bpb_ttt": "after TTT", "bpb_ttt_partial": "TTT, partial"}
+    run.log("\nresult")
+    run.log("| stage | bpb |\n|---|---|")
+    for key, label in names.items():
+        if key in result:
+            run.log(f"| {label} | {result[key]:.5f} |")
+    training = sum(result.get(k) or 0 for k in ("train_seconds", "calibrate_seconds"))
+    gates = [("artifact bytes", result.get("total_bytes"), ARTIFACT_LIMIT), ("train + calibration seconds", training, BUDGET_SECONDS),
+             ("evaluation seconds", result.get("ttt_seconds", result.get("eval_seconds")), BUDGET_SECONDS)]  # fmt: skip
+    run.log("\n| budget | used | limit | |\n|---|---|---|---|")
+    kept = True
+    for label, used, limit in gates:
+        if used:
+            kept &= used <= limit
+            run.log(f"| {label} | {used if isinstance(used, int) else round(used, 1)} | {limit} | {'pass' if used <= limit else 'FAIL'} |")
+    run.log(f"\nseed {cfg.seed}, {result.get('steps', '-')} steps, {run.world} x {run.device.type}, peak memory "
+            f"{result['peak_memory_mib']} MiB, whole run {time.monotonic() - run.started:.0f}s, files in {run.folder}")  # fmt: skip
+    return kept
+
+
+def print_sizes(folder: str | None) -> None:
+    """Bytes of the submission by part: each section of this file alone, the program, and a run's artifact by section."""
+    source = Path(__file__).read_text()
+    whole = self_extracting(minify(source))
+    print(f"{'source':<40}{len(source.encode()):>12}")
+    print(f"{'minified':<40}{len(minify(source)):>12}")
+    print(f"{'submission/train_gpt.py':<40}{len(whole):>12}")
+    parts = re.split(r"^# -{20,}\n# (\d+\. .*?)(?::.*)?\n(?:# .*\n)*# -{20,}\n", source, flags=re.M)
+    for title, body in zip(parts[1::2], parts[2::2], strict=True):
+        print(f"  {title:<38}{len(_brotli(minify(body).encode())):>12}")
+    artifact = Path(folder) / ARTIFACT_NAME if folder else None
+    if artifact and artifact.is_file():
+        header, payload = read_header(artifact.read_bytes())
+        print(f"{artifact!s:<40}{artifact.stat().st_size:>12}")
+        sections = dict.fromkeys(s for *_, buffers in _tensor_layout(header) for s, _, _ in buffers)
+        for name, size in zip(sections, header["sections"], strict=True):
+            print(f"  {name:<38}{size:>12}")
+        print(f"{'headroom':<40}{ARTIFACT_LIMIT - len(whole) - artifact.stat().st_size:>12}")
+
+
+def main() -> int:
+    """Exit code 0: scored within the budgets; 1: failed; 2: bad settings or input; 3: scored, but over a budget."""
+    if "--help" in sys.argv or "-h" in sys.argv:
+        print_help()
+        return 0
+    if "--size" in sys.argv:
+        rest = sys.argv[sys.argv.index("--size") + 1 :]
+        print_sizes(rest[0] if rest else None)
+        return 0
+    first = os.environ.get("RANK", "0") == "0"
+    try:
+        cfg = load_config(os.environ)
+    except ConfigError as e:
+        if first:
+            print("these settings cannot work:\n" + "\n".join(f"  - {line}" for line in str(e).splitlines()), file=sys.stderr)
+        return 2
+    run = None
+    try:
+        run = start_run(cfg)
+        result = pipeline(cfg, run)
+        return 0 if report(cfg, run, result) else 3
+    except Stop as stop:
+        if run is not None:
+            run.log(stop.sentence)
+        elif first:
+            print(stop.sentence, file=sys.stderr)
+        return stop.code
+    except KeyboardInterrupt:
+        if run is not None:
+            run.log(f"stopped; finished stages are in {run.folder}, FROM_STAGE goes on from them")
+        return 130
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
