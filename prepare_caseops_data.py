@@ -65,7 +65,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import sentencepiece as spm
 
-from lossless_caps import CASEOPS, CONTROLS, encode_lossless_caps_v2, original_byte_offsets
+from lossless_caps import CAPNEXT, CASEOPS, CONTROLS, encode_lossless_caps_v2, original_byte_offsets
 
 try:
     from tqdm import tqdm
@@ -135,27 +135,36 @@ def _fit_counts(counts: np.ndarray) -> np.ndarray:
     return counts
 
 
-# Chunks of text that a tokenizer without pieces across blanks encodes independently: a run of white space and what
-# follows up to the next one. A chunk ends only in a character that every normalization keeps as visible text; after
-# any other one (it may become a blank or vanish) the next run is taken along.
+# The fast encoder cuts a text into chunks that a tokenizer encodes independently of each other:
+#   - white space, at most one operator, a run of letters; what follows must be visible or white space
+#   - white space and everything up to the next white space, which must follow a visible character (after any other one,
+#     which normalization may turn into a blank or drop, the next run is taken along)
+# Visible are characters that every normalization keeps as visible text and that combine with no neighbour.
 _WS = " \\t\\n\\r"
 _VISIBLE = "!-~\u2013\u2014\u2018\u2019\u201c\u201d\u2026"
-_CHUNK = re.compile(f"[{_WS}]*[^{_WS}]+(?:(?<![{_VISIBLE}])[{_WS}]+[^{_WS}]+)*")
+_CHUNK = re.compile(
+    f"[{_WS}]*+[\ue001-\ue003]?+[a-z]++(?=[{_VISIBLE}{_WS}\ue001-\ue004]|\\Z)"
+    f"|[{_WS}]*+[^{_WS}]++(?:(?<![{_VISIBLE}])[{_WS}]++[^{_WS}]++)*"
+)
+_STARTS_VISIBLY = re.compile(f"[{_WS}]*[{_VISIBLE}\ue001-\ue004]")
+_JOINING_PIECE = re.compile(f".\u2581|[a-z](?![a-z])[{_VISIBLE}]", re.DOTALL)
+_SEPARATOR = CAPNEXT  # the tokenizer keeps operators apart from everything else
 _MAX_CACHED_CHUNKS, _MAX_CACHED_LENGTH = 1 << 17, 64
-_ANCHOR = "a"  # stands before the first chunk so that the chunk's leading white space is not dropped
 
 
 class DocumentEncoder:
-    """`encode_document` with a memory: most chunks (word with its blank) of a text were seen before.
+    """`encode_document` with a memory: nearly all chunks (words, mostly) of a text were seen before.
 
-    BPE merges never cross a blank when no piece holds one inside, so the tokens of a text are those of its chunks,
-    joined. New chunks of a document are encoded in one call; known ones cost a dictionary look-up.
+    No piece reaches across a border between chunks, so no BPE merge does, and the tokens of a text are those of its
+    chunks, joined. The new chunks of a document are encoded in one call; known ones cost a dictionary look-up.
     """
 
     def __init__(self, sp: spm.SentencePieceProcessor) -> None:
         self.sp = sp
-        self.chunked = _is_chunkable(sp)
-        self.known: dict[str, tuple[bytes, bytes]] = {}  # chunk -> (ids as uint16, byte counts as uint32)
+        self.separator_id = sp.piece_to_id(_SEPARATOR)
+        self.chunkable = _is_chunkable(sp)
+        self.ids: dict[str, bytes] = {}  # chunk -> its tokens, uint16
+        self.counts: dict[str, bytes] = {}  # chunk -> their byte counts, uint32
         self.seen = 0
 
     def encode(self, text: str, want_counts: bool) -> tuple[bytes, bytes]:
@@ -164,62 +173,63 @@ class DocumentEncoder:
         Raises what `encode_document` raises, and RuntimeError should the two ever disagree.
         """
         self.seen += 1
-        if not self.chunked:
+        result = self._encode_chunks(text, want_counts) if self.chunkable else None
+        if result is None or self.seen % SPOT_CHECK == 1:
             ids, counts = encode_document(self.sp, text)
-            return _uint16(ids), _uint16(counts) if want_counts else b""
-        result = self._encode_chunks(text, want_counts)
-        if self.seen % SPOT_CHECK == 1:
-            ids, counts = encode_document(self.sp, text)
-            if result != (_uint16(ids), _uint16(counts) if want_counts else b""):
+            expected = _uint16(ids), _uint16(counts) if want_counts else b""
+            if result not in (None, expected):
                 raise RuntimeError("the fast encoder disagrees with encode_document; please report this document")
+            result = expected
         return result
 
-    def _encode_chunks(self, text: str, want_counts: bool) -> tuple[bytes, bytes]:
+    def _encode_chunks(self, text: str, want_counts: bool) -> tuple[bytes, bytes] | None:
         n_bytes = len(text.encode())  # also refuses lone surrogates
-        chunks = _CHUNK.findall(encode_lossless_caps_v2(text).lstrip(" \t\n\r"))
+        transformed = encode_lossless_caps_v2(text)
+        if not _STARTS_VISIBLY.match(transformed):
+            return None  # what begins a document may vanish in normalization, which its chunk cannot know
+        body = transformed.lstrip(" \t\n\r")
+        chunks = _CHUNK.findall(body)
         fresh = self._learn(chunks)
-        known = [self.known[chunk] for chunk in chunks]
+        ids = b"".join([_BOS_BYTES, *map(self.ids.__getitem__, chunks)])
+        counts = b""
+        if want_counts:
+            counts = b"".join([b"\0\0\0\0", *map(self.counts.__getitem__, chunks)])
+            counts = _complete_counts(counts, n_bytes, len(transformed) - len(body))
         for chunk in fresh:
             if len(chunk) > _MAX_CACHED_LENGTH:
-                del self.known[chunk]
-        ids = b"".join([_BOS_BYTES, *(ids for ids, _ in known)])
-        if not want_counts:
-            return ids, b""
-        counts = np.frombuffer(b"".join([b"\0\0\0\0", *(counts for _, counts in known)]), dtype="<u4").astype(np.int64)
-        counts[-1] += n_bytes - counts.sum()  # trailing white space
-        if known:
-            lead = n_bytes - len(text.lstrip(" \t\n\r").encode())
-            counts[1] += lead
-            counts[-1] -= lead
-        return ids, _uint16(_fit_counts(counts))
+                del self.ids[chunk], self.counts[chunk]
+        return ids, counts
 
     def _learn(self, chunks: list[str]) -> list[str]:
         """Encode the chunks that are not known yet, and return them."""
-        fresh = [chunk for chunk in dict.fromkeys(chunks) if chunk not in self.known]
-        if len(self.known) + len(fresh) > _MAX_CACHED_CHUNKS:
-            self.known.clear()
-            fresh = list(dict.fromkeys(chunks))
-        if fresh and fresh[0][0] not in " \t\n\r":  # the start of the document: no blank before it
-            self._learn_run(fresh[:1], "")
-            self._learn_run(fresh[1:], _ANCHOR)
-        else:
-            self._learn_run(fresh, _ANCHOR)
+        if len(self.ids) > _MAX_CACHED_CHUNKS:
+            self.ids.clear()
+            self.counts.clear()
+        last = chunks[-1]
+        fresh = sorted(set(chunks).difference(self.ids, (last,)))
+        if last not in self.ids:
+            fresh.append(last)  # only the last one may end in white space of a kind that normalization strips there
+        if not fresh:
+            return fresh
+        transformed = _SEPARATOR + _SEPARATOR.join(fresh)
+        ids, ends = _encode_with_ends(self.sp, transformed)
+        counts = np.diff(original_byte_offsets(transformed)[ends], prepend=0).astype("<u4").tobytes()
+        separator_ends = np.cumsum([1, *(len(chunk) + 1 for chunk in fresh[:-1])])
+        cuts = np.searchsorted(ends, separator_ends)  # the first token that reaches that far is the separator
+        if any(ids[cut] != self.separator_id for cut in cuts.tolist()):
+            raise RuntimeError(f"the tokenizer joins characters with an operator near {transformed[:80]!r}")
+        packed = _uint16(ids)
+        for chunk, cut, end in zip(fresh, cuts.tolist(), [*cuts[1:].tolist(), len(ids)], strict=True):
+            self.ids[chunk], self.counts[chunk] = packed[2 * cut + 2 : 2 * end], counts[4 * cut + 4 : 4 * end]
         return fresh
 
-    def _learn_run(self, chunks: list[str], anchor: str) -> None:
-        if not chunks:
-            return
-        transformed = anchor + "".join(chunks)
-        ids, ends = _encode_with_ends(self.sp, transformed)
-        before = original_byte_offsets(transformed)
-        counts = np.diff(before[ends], prepend=0).astype("<u4").tobytes()
-        borders = np.cumsum([len(anchor), *map(len, chunks)])
-        cuts = np.searchsorted(ends, borders, side="right")
-        if anchor and (cuts[0] != 1 or np.any(ends[cuts[:-1] - 1] != borders[:-1])):
-            raise RuntimeError(f"the tokenizer joins words across a blank near {transformed[:80]!r}")
-        id_bytes = _uint16(ids)
-        for chunk, start, end in zip(chunks, [0 if not anchor else 1, *cuts[1:-1].tolist()], cuts[1:].tolist(), strict=True):
-            self.known[chunk] = id_bytes[2 * start : 2 * end], counts[4 * start : 4 * end]
+
+def _complete_counts(packed: bytes, n_bytes: int, n_leading: int) -> bytes:
+    """Add leading white space to the first token and what is left to the last one. uint32 in, uint16 out."""
+    counts = np.frombuffer(packed, dtype="<u4").astype(np.int64)
+    counts[min(1, len(counts) - 1)] += n_leading
+    counts[-1] += n_bytes - counts.sum()
+    return _uint16(_fit_counts(counts))
 
 
 def _uint16(values: Iterable[int] | np.ndarray) -> bytes:
@@ -230,16 +240,15 @@ _BOS_BYTES = _uint16([BOS_ID])
 
 
 def _is_chunkable(sp: spm.SentencePieceProcessor) -> bool:
-    """Whether chunks can be encoded apart: no piece has a blank after its first character, and a few probes agree."""
-    blank = "\u2581"
-    pieces = (sp.id_to_piece(i) for i in range(sp.vocab_size()))
-    if any(blank in piece[1:] for piece in pieces) or sp.piece_to_id(blank) == sp.unk_id():
-        return False
-    for end in "ab0.,'\"!?)-\u2013\u2014\u2018\u2019\u201c\u201d\u2026":
-        words = [f"x{end}", " y", f"\n\t z{end}", " \u00e9"]
-        whole = sp.encode("".join(words))
-        apart = [sp.encode(words[0]), *(sp.encode(_ANCHOR + word)[1:] for word in words[1:])]
-        if whole != list(itertools.chain.from_iterable(apart)):
+    """Whether chunks can be encoded apart: no piece reaches across a border between chunks, and a few probes agree."""
+    for i in range(sp.vocab_size()):
+        ordinary = not (sp.is_control(i) or sp.is_unknown(i) or sp.is_byte(i))
+        if ordinary and _JOINING_PIECE.search(sp.id_to_piece(i)):
+            return False
+    for visible in "0.,'\"!?)(-\u2013\u2014\u2018\u2019\u201c\u201d\u2026":
+        chunks = ["x", f"{visible}y{visible}", f" \t\n{_SEPARATOR}z", f"{visible}", " \u00e9"]
+        apart = [sp.encode(_SEPARATOR + chunk)[1:] for chunk in chunks]
+        if sp.encode("".join(chunks)) != list(itertools.chain.from_iterable(apart)):
             return False
     return True
 
@@ -328,7 +337,7 @@ class _ZstdFile(io.RawIOBase):
 _OPENERS: dict[str, Callable[[BinaryIO], Any]] = {
     ".jsonl": lambda raw: raw,
     ".gz": lambda raw: gzip.GzipFile(fileobj=raw),
-    ".xz": lambda raw: lzma.LZMAFile(raw),
+    ".xz": lzma.LZMAFile,
     ".zst": lambda raw: io.BufferedReader(_ZstdFile(raw), 1 << 20),
 }
 
@@ -352,6 +361,17 @@ class Source:
         path = Path(self.path)
         files = path.rglob("*.txt") if path.is_dir() else [path] if path.is_file() else []
         return sum(file.stat().st_size for file in files)
+
+    def contents_sha256(self) -> str:
+        """Return what `sha256` is after reading, without decompressing or parsing; "" for standard input."""
+        path = Path(self.path)
+        if self.path == "-":
+            return ""
+        if path.is_dir() or path.suffix == ".txt":
+            for _ in self.records():
+                pass
+            return self.sha256
+        return _file_sha256(path)
 
     def records(self) -> Iterator[Record]:
         """Yield the documents in file order; raises PrepareError for an unreadable or damaged file."""
@@ -460,7 +480,7 @@ def document_text(record: Record) -> str:
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 4. BATCHES AND WORKERS
-# The main process reads and writes; workers parse and encode. Batches come back in order through a window of fixed size.
+# The main process reads and writes; workers parse and encode. Batches come back in order, a fixed number under way.
 
 
 @dataclass(frozen=True)
@@ -549,7 +569,9 @@ def encode_in_order(batches: Iterable[Batch], workers: int) -> Iterator[Encoded]
         while under_way:
             yield under_way.popleft().result()
     except BrokenProcessPool:
-        raise PrepareError("a worker process died (out of memory?); run the same command again, or with fewer --workers") from None
+        raise PrepareError(
+            "a worker process died (out of memory?); run the same command again, or with fewer --workers"
+        ) from None
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
@@ -604,7 +626,7 @@ class ShardWriter:
         self.buffers = {kind: bytearray() for kind in self.kinds}
         self.held_back = held_back  # keep shards under a hidden name until publish_held()
         self.finished: list[dict[str, Any]] = []  # manifest rows
-        self.starts: deque[int] = deque()  # first tokens of documents not yet assigned to a shard, from the shard's start
+        self.starts: deque[int] = deque()  # where documents begin that are in no shard yet, from the shard's start
         self.next_document = 0
         self.inside = False  # the current shard begins inside document next_document - 1
 
@@ -765,8 +787,8 @@ def load_progress(folder: Path, settings: dict[str, Any]) -> Progress | None:
         found = sorted(folder.glob("fineweb_*.bin"))
         if found:
             raise PrepareError(
-                f"{found[0]} belongs to no known run (there is neither manifest.json nor progress.json); choose another "
-                "--out, or pass --overwrite to replace the shards there"
+                f"{found[0]} belongs to no known run (there is neither manifest.json nor progress.json); choose "
+                "another --out, or pass --overwrite to replace the shards there"
             )
         return None
     progress = Progress(**state)
@@ -803,10 +825,10 @@ def already_complete(options: Options, settings: dict[str, Any]) -> dict[str, An
     check_files(options.folder, manifest["files"])
     paths = [options.val_docs_file, *options.docs] if options.val_docs_file else options.docs
     for path, row in zip(paths, manifest["sources"], strict=True):
-        if path == "-" or (Path(path).is_file() and Path(path).suffix != ".txt" and _file_sha256(Path(path)) != row["sha256"]):
+        if Source(path).contents_sha256() != row["sha256"]:
             raise PrepareError(
-                f"{options.folder} is complete, but not known to come from the present contents of {row['name']}; choose "
-                "another --out, or pass --overwrite to replace it"
+                f"{options.folder} is complete, but not known to come from the present contents of {row['name']}; "
+                "choose another --out, or pass --overwrite to replace it"
             )
     return manifest
 
@@ -838,8 +860,9 @@ class Stream:
                     n_read += 1
                     self.val_source.documents["val"] += 1
                     yield "val", record
-            if n_read < (n_val or 1):
-                raise PrepareError(f"{self.val_source.path} holds {n_read:,} documents, --val-docs asks for {n_val or 1:,}")
+            wanted = n_val or 1
+            if n_read < wanted:
+                raise PrepareError(f"{self.val_source.path} holds {n_read:,} documents, but {wanted:,} are wanted")
             n_val = n_read
         for source in self.train_sources:
             for record in source.records():
@@ -861,7 +884,9 @@ class Stream:
                     position += 1
                     continue
                 if position == start and prefix not in ("", self.prefix.hexdigest()):
-                    raise PrepareError("the documents are not those of the unfinished run; restore them or pass --overwrite")
+                    raise PrepareError(
+                        "the documents are not those of the unfinished run; restore them, or pass --overwrite"
+                    )
                 if held and (held[0][0] != split or size >= BATCH_BYTES or len(held) >= BATCH_DOCS):
                     yield make(held, position)
                     held, size = [], 0
@@ -1160,7 +1185,9 @@ def train_tokenizer(paths: Iterable[str], out: Path) -> str:
             problems.append(error)
 
     try:
-        spm.SentencePieceTrainer.train(sentence_iterator=sentences(), model_writer=model, minloglevel=1, **TOKENIZER_SETTINGS)
+        spm.SentencePieceTrainer.train(
+            sentence_iterator=sentences(), model_writer=model, minloglevel=1, **TOKENIZER_SETTINGS
+        )
     except (RuntimeError, ValueError) as error:
         problems.append(PrepareError(f"SentencePiece could not train on these documents ({error})"))
     if problems:
@@ -1179,11 +1206,16 @@ SAMPLE_BYTES = 8_000_000  # the most prose-like documents are kept up to this si
 SAMPLE_MIN_BYTES = 3_000_000
 _DOC_BYTES, _MIN_DOC_BYTES = 12_000, 300
 _MAX_SITE_SOURCE = 30_000_000  # bytes of third-party source to parse: about 8 s
-_SKIPPED_FOLDERS = frozenset("__pycache__ test tests idle_test testing site-packages dist-packages _bundled licenses".split())
+_SKIPPED_FOLDERS = frozenset(
+    ("__pycache__", "test", "tests", "idle_test", "testing", "site-packages", "dist-packages", "_bundled", "licenses")
+)
 _COMMON_WORDS = frozenset(
-    "the of and to a in is that for it as be with by are this or on an from not if can will at which have has was were "
-    "when you your but all any its also may must should use used each one no other than then there they their we so "
-    "such only into more does do been what how who where would because these those some between while about".split()
+    re.findall(
+        r"\w+",
+        "the of and to a in is that for it as be with by are this or on an from not if can will at which have has was "
+        "were when you your but all any its also may must should use used each one no other than then there they their "
+        "we so such only into more does do been what how who where would because these those some between while about",
+    )
 )
 _ROLE = re.compile(r":[a-zA-Z:]+:`~?([^`<]*)(?:<[^`]*>)?`")
 _MARKUP = re.compile(r"[`*|]+")
@@ -1344,7 +1376,7 @@ def _parser() -> argparse.ArgumentParser:
         help="take validation documents from this file instead (its first --val-docs, default all)",
     )
     add("--workers", type=int, default=default_workers(), metavar="N", help="processes (default: all cores)")
-    add("--shard-tokens", type=int, default=SHARD_TOKENS, metavar="N", help=f"tokens per shard (default {SHARD_TOKENS:,})")
+    add("--shard-tokens", type=int, default=SHARD_TOKENS, metavar="N", help=f"default {SHARD_TOKENS:,}")
     add("--overwrite", action="store_true", help="replace a data set that is there instead of continuing or refusing")
     add("--train-tokenizer", type=Path, metavar="MODEL", help="train a tokenizer on --docs (training documents only)")
     add("--sample", type=Path, metavar="JSONL", help="write sample documents taken from the installed Python packages")
