@@ -1205,7 +1205,7 @@ def train_tokenizer(paths: Iterable[str], out: Path) -> str:
 SAMPLE_BYTES = 8_000_000  # the most prose-like documents are kept up to this size
 SAMPLE_MIN_BYTES = 3_000_000
 _DOC_BYTES, _MIN_DOC_BYTES = 12_000, 300
-_MAX_SITE_SOURCE = 30_000_000  # bytes of third-party source to parse: about 8 s
+_MAX_SITE_SOURCE = 30_000_000  # bytes of third-party source to parse: about 5 s
 _SKIPPED_FOLDERS = frozenset(
     ("__pycache__", "test", "tests", "idle_test", "testing", "site-packages", "dist-packages", "_bundled", "licenses")
 )
@@ -1283,17 +1283,30 @@ def _sample_files(root: Path) -> tuple[list[Path], list[Path]]:
 
 
 def _long_strings(source: bytes) -> list[str]:
-    """Return the string literals of a module that are long enough to be prose, in order. Mostly docstrings."""
+    """Return the docstrings of a module, in order, and the long strings of its top-level calls and assignments.
+
+    The latter are reference topics and docstrings of compiled functions. Expressions inside functions are not searched:
+    that would double the time and find templates of code.
+    """
     try:
         tree = ast.parse(source)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return []
-    found = [
-        (node.lineno, node.value)
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Constant) and isinstance(node.value, str) and len(node.value) >= 80
-    ]
-    return [text for _, text in sorted(found)]
+    candidates: list[ast.AST] = []
+    for statement in tree.body:
+        nodes = ast.walk(statement) if isinstance(statement, ast.Expr | ast.Assign) else _docstrings(statement)
+        candidates.extend(nodes)
+    texts = (node.value for node in candidates if isinstance(node, ast.Constant))
+    return [text for text in texts if isinstance(text, str) and len(text) >= 80]
+
+
+def _docstrings(statement: ast.stmt) -> Iterator[ast.AST]:
+    """Yield the values of all statements inside a statement that are expressions."""
+    if isinstance(statement, ast.Expr):
+        yield statement.value
+    for name in ("body", "orelse", "finalbody"):
+        for inner in getattr(statement, name, ()):
+            yield from _docstrings(inner)
 
 
 def _prose_documents(blocks: Iterable[str], seen: set[int]) -> Iterator[str]:
