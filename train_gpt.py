@@ -1397,8 +1397,10 @@ class GPT(nn.Module):
         """Compiles a block of either kind once; all layers share the graph because a block is a pure function."""
         self.kernels = kernels
         wrap = torch.compile if kernels.compiled else lambda f, **_: f
-        self._serial, self._two_lane = wrap(serial_block, fullgraph=True), wrap(two_lane_block, fullgraph=True)
-        self._loss, self._merge = wrap(softcapped_loss, fullgraph=True), wrap(merge_skip, fullgraph=True)
+        # Training has one shape; windows of test-time training have many, which one graph with symbolic sizes serves.
+        self._visit = {ttt: tuple(wrap(f, fullgraph=True, dynamic=ttt or None) for f in (serial_block, two_lane_block, merge_skip))
+                       for ttt in (False, True)}  # fmt: skip
+        self._loss = wrap(softcapped_loss, fullgraph=True)
 
     def place(self, device: torch.device) -> GPT:
         """Moves to the device with every parameter in the dtype of its role."""
@@ -1447,7 +1449,7 @@ class GPT(nn.Module):
         contexts = [Context(rope, docs, shape, self.kernels) for shape in shapes]
         visit_deltas = adapters.per_visit(self.dtype) if adapters is not None else itertools.repeat(NO_DELTAS)
         # A tap looks inside the blocks, so it runs them uncompiled.
-        serial, two_lane = (self._serial, self._two_lane) if tap is None else (serial_block, two_lane_block)
+        serial, two_lane, merge = (serial_block, two_lane_block, merge_skip) if tap else self._visit[adapters is not None]
         gates = self.skip_gates.to(self.dtype) if cfg.skip_gates_enabled else [None] * len(self.skip_weights)
         skip_weights = self.skip_weights.to(self.dtype)
 
@@ -1460,7 +1462,7 @@ class GPT(nn.Module):
             if visit.two_lane and lane is None:
                 lane = x  # before the skip, which is merged into the attention lane alone
             if visit.skip is not None and kept:
-                x = self._merge(x, kept.pop(), skip_weights[visit.skip], gates[visit.skip])
+                x = merge(x, kept.pop(), skip_weights[visit.skip], gates[visit.skip])
             if visit.two_lane:
                 x, lane = two_lane(x, lane, x0, w, ctx, deltas, peek)
             else:
@@ -2466,6 +2468,7 @@ class Chunk(NamedTuple):
     at: Tensor  # (N, C): positions whose next token is scored
     scored: Tensor  # (N, C): 1 where a target counts
     learn: Tensor  # (N,): 1 for documents that have later chunks
+    goes_on: bool  # whether any document has
     n_tokens: int
     n_bytes: int
 
@@ -2505,7 +2508,7 @@ class TestTimeScorer:
 
     def learn_chunk(self, chunk: Chunk, losses: Tensor, adapters: Adapters, optimizer: AdapterOptimizer) -> None:
         """Updates the adapters of the documents that go on, from the losses just scored."""
-        if not chunk.learn.any():
+        if not chunk.goes_on:
             return
         for repeat in range(self.cfg.ttt_grad_steps):
             if repeat:
@@ -2537,8 +2540,9 @@ class TestTimeScorer:
         targets = self.tokens[(start + at + 1).clamp_max(len(self.tokens) - 1)].long()
         first = [(s + o + 1, n) for s, _, o, n in spans]
         n_bytes = sum(int(self.byte_sums[a + n] - self.byte_sums[a]) for a, n in first)
-        learn = torch.tensor([more for *_, more in parts], device=device)
-        return Chunk(inputs, targets, at, scored, learn, sum(n for _, n in first), n_bytes)
+        more = [m for *_, m in parts]
+        n_tokens = sum(n for _, n in first)
+        return Chunk(inputs, targets, at, scored, torch.tensor(more, device=device), any(more), n_tokens, n_bytes)
 
 
 class Phase(NamedTuple):
