@@ -124,12 +124,11 @@ def _fit_counts(counts: np.ndarray) -> np.ndarray:
     """Carry what a count has over 65,535 on to the next tokens and, past the last one, back to earlier ones."""
     if counts.max(initial=0) <= MAX_COUNT:
         return counts
-    for order in (range(len(counts)), reversed(range(len(counts)))):
-        carry = 0
-        for i in order:
-            total = int(counts[i]) + carry
-            counts[i] = min(total, MAX_COUNT)
-            carry = total - int(counts[i])
+    carry = 0
+    for i in itertools.chain(range(len(counts)), reversed(range(len(counts)))):
+        total = int(counts[i]) + carry
+        counts[i] = min(total, MAX_COUNT)
+        carry = total - int(counts[i])
     if carry:
         raise ValueError(f"{carry} bytes of white space do not fit in the 65,535 bytes a token can stand for")
     return counts
@@ -146,7 +145,7 @@ _CHUNK = re.compile(
     f"[{_WS}]*+[\ue001-\ue003]?+[a-z]++(?=[{_VISIBLE}{_WS}\ue001-\ue004]|\\Z)"
     f"|[{_WS}]*+[^{_WS}]++(?:(?<![{_VISIBLE}])[{_WS}]++[^{_WS}]++)*"
 )
-_STARTS_VISIBLY = re.compile(f"[{_WS}]*[{_VISIBLE}\ue001-\ue004]")
+_STARTS_VISIBLY = re.compile(f"[{_WS}]*+[{_VISIBLE}\ue001-\ue004]")
 _JOINING_PIECE = re.compile(f".\u2581|[a-z](?![a-z])[{_VISIBLE}]", re.DOTALL)
 _SEPARATOR = CAPNEXT  # the tokenizer keeps operators apart from everything else
 _MAX_CACHED_CHUNKS, _MAX_CACHED_LENGTH = 1 << 17, 64
@@ -188,13 +187,15 @@ class DocumentEncoder:
         if not _STARTS_VISIBLY.match(transformed):
             return None  # what begins a document may vanish in normalization, which its chunk cannot know
         body = transformed.lstrip(" \t\n\r")
-        chunks = _CHUNK.findall(body)
+        n_leading = len(transformed) - len(body)
+        # without rstrip the search would try every start in a trailing run of blanks: quadratic
+        chunks = _CHUNK.findall(body.rstrip(" \t\n\r"))
         fresh = self._learn(chunks)
         ids = b"".join([_BOS_BYTES, *map(self.ids.__getitem__, chunks)])
         counts = b""
         if want_counts:
             counts = b"".join([b"\0\0\0\0", *map(self.counts.__getitem__, chunks)])
-            counts = _complete_counts(counts, n_bytes, len(transformed) - len(body))
+            counts = _complete_counts(counts, n_bytes, n_leading)
         for chunk in fresh:
             if len(chunk) > _MAX_CACHED_LENGTH:
                 del self.ids[chunk], self.counts[chunk]
@@ -1205,7 +1206,7 @@ def train_tokenizer(paths: Iterable[str], out: Path) -> str:
 SAMPLE_BYTES = 8_000_000  # the most prose-like documents are kept up to this size
 SAMPLE_MIN_BYTES = 3_000_000
 _DOC_BYTES, _MIN_DOC_BYTES = 12_000, 300
-_MAX_SITE_SOURCE = 30_000_000  # bytes of third-party source to parse: about 5 s
+_MAX_SITE_SOURCE = 20_000_000  # bytes of third-party source to parse: about 4 s
 _SKIPPED_FOLDERS = frozenset(
     ("__pycache__", "test", "tests", "idle_test", "testing", "site-packages", "dist-packages", "_bundled", "licenses")
 )
