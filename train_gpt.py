@@ -59,7 +59,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -655,9 +655,10 @@ def load_tokenizer(cfg: Config) -> Any:
 def git_commit() -> str:
     try:
         here = Path(__file__).resolve().parent
-        return subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True).stdout.strip()
-    except (OSError, NameError):
+        done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True)
+    except OSError:
         return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -1295,8 +1296,10 @@ def attend(n: Tensor, w: LayerWeights, ctx: Context, deltas: Deltas, tap: Tap | 
 def feed(n: Tensor, w: LayerWeights, ctx: Context, deltas: Deltas, tap: Tap | None) -> Tensor:
     """The MLP half of a block. n (B, T, D), normed -> (B, T, D)."""
     if tap is None:
-        return ctx.kernels.mlp(n, w.up, w.down) + low_rank(n, deltas.mlp_bypass)
-    return matmul(leaky_square(matmul(n, w.up, None, "mlp_in", tap)), w.down, None, "mlp_out", tap)
+        out = ctx.kernels.mlp(n, w.up, w.down)
+    else:  # the specification once more, with its inside visible
+        out = matmul(leaky_square(matmul(n, w.up, None, "mlp_in", tap)), w.down, None, "mlp_out", tap)
+    return out + low_rank(n, deltas.mlp_bypass)
 
 
 def serial_block(
@@ -1397,10 +1400,10 @@ class GPT(nn.Module):
         """Compiles a block of either kind once; all layers share the graph because a block is a pure function."""
         self.kernels = kernels
         wrap = torch.compile if kernels.compiled else lambda f, **_: f
-        # Training has one shape; windows of test-time training have many, which one graph with symbolic sizes serves.
-        self._visit = {ttt: tuple(wrap(f, fullgraph=True, dynamic=ttt or None) for f in (serial_block, two_lane_block, merge_skip))
-                       for ttt in (False, True)}  # fmt: skip
-        self._loss = wrap(softcapped_loss, fullgraph=True)
+        # Training has one shape and gets a graph of its own; the windows of test-time training have many, and the second
+        # shape that appears makes the sizes that differ symbolic.
+        parts = (serial_block, two_lane_block, merge_skip, softcapped_loss)
+        self._serial, self._two_lane, self._merge, self._loss = (wrap(f, fullgraph=True) for f in parts)
 
     def place(self, device: torch.device) -> GPT:
         """Moves to the device with every parameter in the dtype of its role."""
@@ -1449,7 +1452,7 @@ class GPT(nn.Module):
         contexts = [Context(rope, docs, shape, self.kernels) for shape in shapes]
         visit_deltas = adapters.per_visit(self.dtype) if adapters is not None else itertools.repeat(NO_DELTAS)
         # A tap looks inside the blocks, so it runs them uncompiled.
-        serial, two_lane, merge = (serial_block, two_lane_block, merge_skip) if tap else self._visit[adapters is not None]
+        serial, two_lane = (self._serial, self._two_lane) if tap is None else (serial_block, two_lane_block)
         gates = self.skip_gates.to(self.dtype) if cfg.skip_gates_enabled else [None] * len(self.skip_weights)
         skip_weights = self.skip_weights.to(self.dtype)
 
@@ -1462,7 +1465,7 @@ class GPT(nn.Module):
             if visit.two_lane and lane is None:
                 lane = x  # before the skip, which is merged into the attention lane alone
             if visit.skip is not None and kept:
-                x = merge(x, kept.pop(), skip_weights[visit.skip], gates[visit.skip])
+                x = self._merge(x, kept.pop(), skip_weights[visit.skip], gates[visit.skip])
             if visit.two_lane:
                 x, lane = two_lane(x, lane, x0, w, ctx, deltas, peek)
             else:
@@ -1845,7 +1848,7 @@ def describe_plan(plan: Sequence[Visit]) -> str:
 def save_checkpoint(run: Run, model: GPT, optimizer: Optimizer, average: WeightAverage, progress: Progress) -> None:
     """Everything to continue training from here, for any number of ranks. A collective."""
     state = {
-        "fingerprint": shape_fingerprint(model.cfg), "progress": vars(progress), "model": model.state_dict(),
+        "fingerprint": shape_fingerprint(model.cfg), "progress": asdict(progress), "model": model.state_dict(),
         "average": average.state_dict(), "average_steps": average.steps, "optimizer": optimizer.state_dict(),
     }  # fmt: skip
     run.save("checkpoint.pt", lambda f: torch.save(state, f))
@@ -2422,42 +2425,25 @@ class Adapters:
             t.requires_grad_(True)
         return self
 
-    def keep(self, rows: Tensor) -> None:
-        """Drops the documents that are not in `rows`."""
-        self.tensors = {k: t.detach()[:, rows].requires_grad_(t.requires_grad) for k, t in self.tensors.items()}
+
+def adapter_optimizer(adapters: Adapters, cfg: Config) -> torch.optim.Optimizer:
+    """AdamW, or SGD with momentum TTT_BETA1, over all adapters."""
+    params, decay = adapters.parameters(), cfg.ttt_weight_decay
+    if cfg.ttt_optimizer == "sgd":
+        return torch.optim.SGD(params, cfg.ttt_lora_lr, momentum=cfg.ttt_beta1, weight_decay=decay)
+    betas, fused = (cfg.ttt_beta1, cfg.ttt_beta2), params[0].is_cuda
+    return torch.optim.AdamW(params, cfg.ttt_lora_lr, betas, eps=1e-10, weight_decay=decay, fused=fused)
 
 
-class AdapterOptimizer:
-    """AdamW, or SGD with momentum, on adapters whose documents leave as they finish."""
-
-    def __init__(self, adapters: Adapters, cfg: Config):
-        self.cfg, self.adapters, self.t = cfg, adapters, 0
-        self.momentum = {k: torch.zeros_like(t) for k, t in adapters.tensors.items()} if cfg.ttt_beta1 else {}
-        self.square = {k: torch.zeros_like(t) for k, t in adapters.tensors.items()} if cfg.ttt_optimizer == "adam" else {}
-
-    @torch.no_grad()
-    def step(self, objective: Tensor) -> None:
-        """One update along the gradient of `objective`."""
-        c, names = self.cfg, list(self.adapters.tensors)
-        grads = torch.autograd.grad(objective, self.adapters.parameters())
-        self.t += 1
-        for name, g in zip(names, grads, strict=True):
-            p = self.adapters.tensors[name]
-            if c.ttt_beta1:
-                g = self.momentum[name].mul_(c.ttt_beta1).add_(g, alpha=1 - c.ttt_beta1 if self.square else 1.0)
-            p.mul_(1 - c.ttt_lora_lr * c.ttt_weight_decay)
-            if not self.square:
-                p.sub_(g, alpha=c.ttt_lora_lr)
-                continue
-            raw = grads[names.index(name)]
-            v = self.square[name].mul_(c.ttt_beta2).addcmul_(raw, raw, value=1 - c.ttt_beta2)
-            size = c.ttt_lora_lr / (1 - c.ttt_beta1**self.t) * (1 - c.ttt_beta2**self.t) ** 0.5
-            p.addcdiv_(g, v.sqrt().add_(1e-10 * (1 - c.ttt_beta2**self.t) ** 0.5), value=-size)
-
-    def keep(self, rows: Tensor) -> None:
-        self.adapters.keep(rows)
-        self.momentum = {k: t[:, rows] for k, t in self.momentum.items()}
-        self.square = {k: t[:, rows] for k, t in self.square.items()}
+def keep_documents(adapters: Adapters, optimizer: torch.optim.Optimizer, rows: Tensor) -> None:
+    """Drops the documents that are not in `rows` from the adapters and from their optimizer's state."""
+    for name, old in adapters.tensors.items():
+        new = old.detach()[:, rows].requires_grad_(True)
+        state = optimizer.state.pop(old, {})
+        same = {k: isinstance(s, Tensor) and s.shape == old.shape for k, s in state.items()}
+        optimizer.state[new] = {k: s[:, rows] if same[k] else s for k, s in state.items()}
+        adapters.tensors[name] = new
+    optimizer.param_groups[0]["params"] = adapters.parameters()
 
 
 class Chunk(NamedTuple):
@@ -2491,11 +2477,11 @@ class TestTimeScorer:
         """All targets of `docs`, in order; a document's tokens influence only its own later chunks."""
         cfg, meter = self.cfg, Meter(self.run.device)
         adapters = Adapters(cfg, len(docs), len(self.model.plan), self.run.device).requires_grad()
-        optimizer = AdapterOptimizer(adapters, cfg)
+        optimizer = adapter_optimizer(adapters, cfg)
         plans = [windows(d.n_targets, cfg.ttt_chunk_size, cfg.ttt_eval_seq_len) for d in docs]
         rows = list(range(len(docs)))
         for i in range(max(map(len, plans))):
-            rows = self.drop_finished(rows, [len(p) > i for p in plans], optimizer)
+            rows = self.drop_finished(rows, [len(p) > i for p in plans], adapters, optimizer)
             chunk = self.gather([(docs[r], plans[r][i] if i < len(plans[r]) else None, i + 1 < len(plans[r])) for r in rows])
             losses = self.score_chunk(chunk, adapters)
             meter.add(losses * chunk.scored, chunk.n_tokens, chunk.n_bytes)
@@ -2506,16 +2492,22 @@ class TestTimeScorer:
         """Nats (N, C) of the chunk's targets, with the adapters as they are."""
         return self.model(chunk.inputs, chunk.targets, adapters=adapters, at=chunk.at, reduction="none")
 
-    def learn_chunk(self, chunk: Chunk, losses: Tensor, adapters: Adapters, optimizer: AdapterOptimizer) -> None:
+    def learn_chunk(
+        self, chunk: Chunk, losses: Tensor, adapters: Adapters, optimizer: torch.optim.Optimizer
+    ) -> None:
         """Updates the adapters of the documents that go on, from the losses just scored."""
         if not chunk.goes_on:
             return
         for repeat in range(self.cfg.ttt_grad_steps):
             if repeat:
                 losses = self.score_chunk(chunk, adapters)
-            optimizer.step(((losses * chunk.scored).mean(dim=1) * chunk.learn).sum())
+            ((losses * chunk.scored).mean(dim=1) * chunk.learn).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
 
-    def drop_finished(self, rows: list[int], going: list[bool], optimizer: AdapterOptimizer) -> list[int]:
+    def drop_finished(
+        self, rows: list[int], going: list[bool], adapters: Adapters, optimizer: torch.optim.Optimizer
+    ) -> list[int]:
         """Halves the batch whenever no more than half of it goes on: documents are independent, so nothing changes."""
         size, active = len(rows), [i for i, r in enumerate(rows) if going[r]]
         while size > 2 and len(active) <= size // 2:
@@ -2523,7 +2515,7 @@ class TestTimeScorer:
         if size == len(rows):
             return rows
         kept = active + [i for i, r in enumerate(rows) if not going[r]][: size - len(active)]
-        optimizer.keep(torch.tensor(kept, device=self.run.device))
+        keep_documents(adapters, optimizer, torch.tensor(kept, device=self.run.device))
         return [rows[i] for i in kept]
 
     def gather(self, parts: Sequence[tuple[Document, Window | None, bool]]) -> Chunk:

@@ -1,0 +1,222 @@
+"""Runs of train_gpt.py in processes of their own: a tiny configuration, made-up documents, and what a run leaves behind."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import re
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, fields
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import sentencepiece
+
+import prepare_caseops_data
+import train_gpt
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPT = ROOT / "train_gpt.py"
+TOKENIZER = ROOT / "tokenizer" / "caseops_8192.model"
+TIMEOUT_S = 240  # far above what any run takes: only a hang reaches it
+
+# Every part of the pipeline is on: loop, skips, lanes, gates, two phases of test-time training with base learning.
+TINY: dict[str, Any] = dict(
+    NUM_LAYERS=4, MODEL_DIM=32, NUM_HEADS=2, NUM_KV_HEADS=1, MLP_MULT=2, ROPE_DIMS=8, LOOP_START=1, LOOP_END=1, NUM_LOOPS=1,
+    PARALLEL_START_LAYER=3, XSA_LAST_N=4, SMEAR_GATE_ENABLED=1, GATE_WINDOW=12, VOCAB_SIZE=8192,
+    TRAIN_BATCH_TOKENS=1024, TRAIN_SEQ_LEN=64, EVAL_SEQ_LEN=64, VAL_BATCH_TOKENS=2048, ITERATIONS=12, VAL_LOSS_EVERY=6,
+    TRAIN_LOG_EVERY=1, WARMUP_STEPS=1, MAX_WALLCLOCK_SECONDS=0, CHECKPOINT_EVERY=0, MUON_MOMENTUM_WARMUP_STEPS=4,
+    GPTQ_CALIBRATION_BATCHES=3, TTT_LORA_RANK=4, TTT_LORA_LR=2e-3, TTT_CHUNK_SIZE=16, TTT_EVAL_SEQ_LEN=64, TTT_BATCH_SIZE=2,
+    PHASED_TTT_PREFIX_DOCS=5, PHASED_TTT_NUM_PHASES=2, GLOBAL_TTT_CHUNK_TOKENS=256, DEVICE="cpu", OMP_NUM_THREADS=1,
+)  # fmt: skip
+
+# ---- documents -------------------------------------------------------------------------------------------------------
+WORDS = ["the", "of", "and", "to", "in", "that", "it", "was", "for", "with", "as", "his", "on", "be", "at", "by", "had", "not", "are", "but", "from", "they", "which", "one", "you", "were", "her", "all", "she", "there", "would", "their", "we", "him", "been", "has", "when", "who", "will", "more", "no", "if", "out", "so", "said", "what", "up", "its", "about", "into", "than", "them", "can", "only", "other", "new", "some", "could", "time", "these", "two", "may", "then", "do", "first", "any", "my", "now", "such", "like", "our", "over", "man", "me", "even", "most", "made", "after", "also", "did", "many", "before", "must", "through", "back", "years", "where", "much", "your", "way", "well", "down", "should", "because", "each", "just", "those", "people", "river", "window", "letter", "winter", "garden", "morning", "answer", "city", "history", "island", "mother", "music", "number", "paper", "question", "story"]
+NAMES = ("London", "Anna", "Mr. Hill", "NASA", "the USA", "Zürich", "café Noir", "iPhone", "1984", "Peter")
+
+
+def made_up_text(rng: random.Random, n_sentences: int) -> str:
+    """English-like prose: common words most often, names, capitals, numbers and some letters outside ASCII."""
+    sentences = []
+    for _ in range(n_sentences):
+        words = [WORDS[min(int(rng.expovariate(0.05)), len(WORDS) - 1)] for _ in range(rng.randint(4, 14))]
+        words[rng.randrange(len(words))] = rng.choice(NAMES)
+        sentence = " ".join(words)
+        sentences.append(sentence[0].upper() + sentence[1:] + rng.choice((".", ".", "?", "!")))
+    return " ".join(sentences)
+
+
+def write_shard(path: Path, values: Sequence[int]) -> None:
+    path.write_bytes(prepare_caseops_data.shard_header(len(values)) + np.array(values, dtype="<u2").tobytes())
+
+
+def make_shards(folder: Path, seed: int, n_train: int, val_sentences: Sequence[int]) -> Path:
+    """Training shards (none for n_train = 0) and one validation shard with a document per entry of `val_sentences`."""
+    folder.mkdir(parents=True)
+    rng = random.Random(seed)
+    sp = sentencepiece.SentencePieceProcessor(model_file=str(TOKENIZER))
+    val = [prepare_caseops_data.encode_document(sp, made_up_text(rng, n)) for n in val_sentences]
+    write_shard(folder / "fineweb_val_000000.bin", [i for ids, _ in val for i in ids])
+    write_shard(folder / "fineweb_val_bytes_000000.bin", [n for _, counts in val for n in counts])
+    train: list[int] = []
+    while len(train) < n_train:
+        train += prepare_caseops_data.encode_document(sp, made_up_text(rng, rng.randint(2, 20)))[0]
+    if train:  # two shards, so that a run crosses from one to the next
+        write_shard(folder / "fineweb_train_000000.bin", train[: len(train) // 2])
+        write_shard(folder / "fineweb_train_000001.bin", train[len(train) // 2 :])
+    return folder
+
+
+# ---- runs ------------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Finished:
+    """A run that has ended: exit code of each process, everything printed, and the run folder."""
+
+    codes: list[int]
+    output: str
+    folder: Path
+
+    @property
+    def code(self) -> int:
+        """The exit code, which has to be the same for every process."""
+        assert len(set(self.codes)) == 1, f"exit codes {self.codes}\n{self.output}"
+        return self.codes[0]
+
+    @cached_property
+    def log(self) -> str:
+        return (self.folder / "log.txt").read_text()
+
+    @cached_property
+    def metrics(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
+
+    def rows(self, kind: str) -> list[dict[str, Any]]:
+        return [row for row in self.metrics if row["kind"] == kind]
+
+    @property
+    def losses(self) -> dict[int, float]:
+        """Training loss by step, in full precision."""
+        return {row["step"]: row["loss"] for row in self.rows("train")}
+
+    @property
+    def result(self) -> dict[str, Any]:
+        """The last result row. Fails with the run's output when there is none."""
+        rows = self.rows("result") if (self.folder / "metrics.jsonl").exists() else []
+        assert rows, f"no result; exit codes {self.codes}\n{self.output}"
+        return rows[-1]
+
+    @property
+    def artifact(self) -> bytes:
+        return (self.folder / train_gpt.ARTIFACT_NAME).read_bytes()
+
+    def ok(self) -> Finished:
+        assert self.code == 0, self.output
+        return self
+
+
+def environment(knobs: dict[str, Any]) -> dict[str, str]:
+    """This process's environment without the knobs and ranks somebody may have set, with `knobs`."""
+    ours = {f.name.upper() for f in fields(train_gpt.Config)} | {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"}
+    kept = {k: v for k, v in os.environ.items() if k not in ours and not k.startswith(("TORCHELASTIC", "TORCHRUN"))}
+    return kept | {"CUDA_VISIBLE_DEVICES": ""} | {k: str(v) for k, v in knobs.items()}
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+class Launch:
+    """The processes of one run, each with its output in a file, so that no pipe can fill up and block it."""
+
+    def __init__(
+        self, knobs: dict[str, Any], *, world: int = 1, torchrun: bool = False, code: str = "", script: Path = SCRIPT,
+        cwd: Path = ROOT,
+    ) -> None:  # fmt: skip
+        """world: processes, started one by one, or by torchrun. code: runs this Python text instead of the script."""
+        self.folder = Path(knobs["RUN_DIR"])
+        self.outputs: list[Path] = []
+        self.processes: list[subprocess.Popen[bytes]] = []
+        command = [sys.executable, *(["-c", code] if code else [str(script)])]
+        if torchrun:
+            launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}"]
+            command[1:1] = launcher
+        knobs = ({"PYTHONPATH": ROOT} if code else {}) | knobs
+        port = free_port()
+        for rank in range(1 if torchrun else world):
+            place = {} if world == 1 or torchrun else dict(
+                RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=world, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)  # fmt: skip
+            self._start(command, environment(knobs | place), cwd)
+
+    def _start(self, command: list[str], env: dict[str, str], cwd: Path) -> None:
+        output = self.folder.with_name(f"{self.folder.name}.output{len(self.outputs)}.txt")
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with output.open("wb") as file:
+            self.processes.append(subprocess.Popen(command, env=env, cwd=cwd, stdout=file, stderr=subprocess.STDOUT))
+        self.outputs.append(output)
+
+    def printed(self) -> str:
+        return "\n".join(o.read_text(errors="replace") for o in self.outputs)
+
+    def wait_for(self, pattern: str) -> None:
+        """Returns once the run has printed a match of `pattern`; fails if it ends first."""
+        until = time.monotonic() + TIMEOUT_S
+        while not re.search(pattern, self.printed()):
+            alive = all(p.poll() is None for p in self.processes)
+            assert alive and time.monotonic() < until, f"never printed {pattern}\n{self.printed()}"
+            time.sleep(0.02)
+
+    def finish(self) -> Finished:
+        """Waits for the processes. One that hangs is killed, and fails the test with what it had printed."""
+        until = time.monotonic() + TIMEOUT_S
+        try:
+            codes = [p.wait(max(until - time.monotonic(), 0.1)) for p in self.processes]
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"still running after {TIMEOUT_S} s\n{self.printed()}") from None
+        finally:
+            self.kill()
+        return Finished(codes, self.printed(), self.folder)
+
+    def kill(self) -> None:
+        for p in self.processes:
+            with contextlib.suppress(ProcessLookupError):
+                p.kill()
+            p.wait()
+
+
+def run(folder: Path, data: Path, *, world: int = 1, torchrun: bool = False, code: str = "", **knobs: Any) -> Finished:
+    """One run of the tiny configuration from start to end; `knobs` come on top of it."""
+    return Launch(tiny(folder, data, **knobs), world=world, torchrun=torchrun, code=code).finish()
+
+
+def tiny(folder: Path, data: Path, **knobs: Any) -> dict[str, Any]:
+    return TINY | {"RUN_DIR": folder, "DATA_PATH": data, "TOKENIZER_PATH": TOKENIZER} | knobs
+
+
+T = TypeVar("T")
+
+
+def together(*jobs: Callable[[], T]) -> list[T]:
+    """Runs jobs two at a time: the tests are meant for two cores, and a run uses one."""
+    with ThreadPoolExecutor(2) as pool:
+        return [f.result() for f in [pool.submit(job) for job in jobs]]
+
+
+@contextlib.contextmanager
+def launched(knobs: dict[str, Any], **how: Any) -> Iterator[Launch]:
+    """A run to send signals to; nothing of it survives the block."""
+    launch = Launch(knobs, **how)
+    try:
+        yield launch
+    finally:
+        launch.kill()
