@@ -183,8 +183,7 @@ class Config:
     gptq_calibration_batches: int = 16   # micro-batches of training text for the Hessians
     matrix_bits: int = 6                 # matrices
     embed_bits: int = 7                  # embedding
-    matrix_clip_sigmas: float = 12.85    # range in row standard deviations: matrices without an entry of their own
-    embed_clip_sigmas: float = 15.0      # embedding
+    embed_clip_sigmas: float = 15.0      # range in standard deviations of each row: embedding
     mlp_clip_sigmas: float = 12.0        # MLP matrices
     attn_clip_sigmas: float = 13.0       # attention matrices
     gated_attn_quant_gate: bool = True   # store the head gates as int8 rows
@@ -270,6 +269,7 @@ RETIRED = {  # names of the public script that never did, or no longer do, anyth
     "ROPE_TRAIN_SEQ_LEN": "ROPE_YARN uses TRAIN_SEQ_LEN",
     "EMBED_LR": "only an untied embedding used it; set TIED_EMBED_LR",
     "CONTROL_TENSOR_NAME_PATTERNS": "the ROLES table decides what trains how",
+    "MATRIX_CLIP_SIGMAS": "every matrix has a knob of its own: ATTN_, MLP_ or EMBED_CLIP_SIGMAS",
 }
 
 BOOLEANS = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
@@ -278,8 +278,11 @@ BOOLEANS = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false
 def parse_knob(name: str, kind: str, text: str) -> Any:
     """One environment value as bool, int, float or str. Raises ValueError with a sentence."""
     try:
-        return {"bool": lambda: BOOLEANS[text.strip().lower()], "int": lambda: int(text.replace("_", "")),
-                "float": lambda: float(text), "str": lambda: text}[kind]()  # fmt: skip
+        value = {"bool": lambda: BOOLEANS[text.strip().lower()], "int": lambda: int(text.replace("_", "")),
+                 "float": lambda: float(text), "str": lambda: text}[kind]()  # fmt: skip
+        if kind == "float" and not math.isfinite(value):
+            raise ValueError
+        return value
     except (KeyError, ValueError):
         want = {"bool": "0 or 1", "int": "a whole number", "float": "a number"}[kind]
         raise ValueError(f"{name}={text!r}: give {want}") from None
