@@ -441,17 +441,35 @@ def wait_for(path: Path, process: subprocess.Popen[bytes]) -> None:
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def children(pid: int) -> list[int]:
+    """Return the child processes of a process, as far as this system tells."""
+    found = " ".join(path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/children"))
+    return [int(child) for child in found.split()]
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(") ", 1)[1][0] not in "ZX"
+    except OSError:
+        return False
+
+
+@pytest.mark.parametrize(("how", "workers"), [(signal.SIGKILL, 1), (signal.SIGKILL, 2), (signal.SIGINT, 1)])
 def test_killed_run_continues_to_the_same_files(
-    reference: tuple[Path, Path], tmp_path: Path, how: signal.Signals
+    reference: tuple[Path, Path], tmp_path: Path, how: signal.Signals, workers: int
 ) -> None:
     docs, out = reference
     for shard in ("fineweb_train_000001.bin", "fineweb_train_000004.bin"):  # two interruptions in one run
-        process = prepare_in_background(docs, tmp_path, workers=1, delay=0.05)
+        process = prepare_in_background(docs, tmp_path, workers, delay=0.05)
         wait_for(folder_of(tmp_path) / shard, process)
+        workers_left = children(process.pid)
         process.send_signal(how)
         assert process.wait(30) == (-how if how == signal.SIGKILL else 130)
         assert not (folder_of(tmp_path) / "manifest.json").exists()
+        deadline = time.monotonic() + 20
+        while any(map(alive, workers_left)):  # workers end with the process they work for
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
     before = (folder_of(tmp_path) / "fineweb_train_000000.bin").stat().st_mtime_ns
     assert run("--docs", docs, "--out", tmp_path, "--sp", OURS, "--val-docs", 40, *SMALL, "--workers", 2) == 0
     assert contents(tmp_path) == contents(out)
