@@ -319,7 +319,7 @@ def test_shards_too_small_for_a_step_are_a_problem(tmp_path: Path) -> None:
 
 
 def test_a_shard_that_fits_no_step_after_its_first_document_start_is_too_small(tmp_path: Path) -> None:
-    """Reading starts at the first document start: counting from the shard's start would let the loader search forever."""
+    """Reading starts at the first document start; counted from the shard's, the loader would search for ever."""
     write_dataset(tmp_path, n_train=0)
     need = TINY["train_batch_tokens"] + MICRO_STEPS
     write_shard(tmp_path / "fineweb_train_0.bin", np.concatenate([[9, 9], documents([need - 1])]))
