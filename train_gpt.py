@@ -222,6 +222,11 @@ class Config:
         return self.train_batch_tokens // MICRO_STEPS
 
     @property
+    def step_tokens(self) -> int:
+        """What an optimizer step takes from the stream: every micro-batch needs one target more."""
+        return self.train_batch_tokens + MICRO_STEPS
+
+    @property
     def val_row_tokens(self) -> int:
         return max(self.val_batch_tokens // MICRO_STEPS // self.eval_seq_len, 1) * self.eval_seq_len
 
@@ -426,6 +431,7 @@ class Run:
     folder: Path | None = None
     started: float = field(default_factory=time.monotonic)
     stop_signal: int = 0
+    training: bool = False  # only the training loop can put a signal off until its checkpoint is written
     _progress_at: float = 0.0
 
     @property
@@ -556,10 +562,14 @@ def start_run(cfg: Config) -> Run:
     return run
 
 
+class Interrupted(BaseException):
+    """A signal outside the training loop; its argument is the number."""
+
+
 def on_signal(run: Run, number: int) -> None:
-    """The first signal asks the training loop for a checkpoint; a second one ends the process at once."""
-    if run.stop_signal or number == 0:
-        raise KeyboardInterrupt
+    """The first signal during training asks for a checkpoint; any other ends the process at once."""
+    if not run.training or run.stop_signal:
+        raise Interrupted(number)
     run.stop_signal = number
 
 
@@ -586,9 +596,24 @@ def preflight(cfg: Config, run: Run, needs_training_data: bool) -> None:
     """Every check that needs no model, on rank 0, all problems at once. Raises Stop on every rank."""
     problems = list(environment_problems(cfg, run)) if run.main else []
     if run.main:
-        problems += list(data_problems(cfg, needs_training_data))
+        problems += [*missing_inputs(cfg, run), *data_problems(cfg, needs_training_data)]
     if problems := run.same(problems):
         raise Stop("\n".join(["cannot start:", *(f"  - {p}" for p in problems)]), 2)
+
+
+def missing_inputs(cfg: Config, run: Run) -> Iterator[str]:
+    """Files that the asked-for start needs and that are not there."""
+    needs = {"": [], "calibrate": ["01_weights.pt"], "quantize": ["01_weights.pt", "02_hessians.pt"],
+             "pack": ["03_coded.pt"], "evaluate": [ARTIFACT_NAME], "ttt": [ARTIFACT_NAME]}[cfg.from_stage]  # fmt: skip
+    rows = [(f"FROM_STAGE={cfg.from_stage}", run.folder / name, "start from an earlier stage") for name in needs]
+    if cfg.resume:
+        rows.append(("RESUME=1", run.folder / "checkpoint.pt", "start the run without RESUME"))
+    for name in ("eval_only_checkpoint", "eval_only_artifact"):
+        if path := getattr(cfg, name):
+            rows.append((name.upper(), Path(path), "give the path of an existing file"))
+    for asked, path, remedy in rows:
+        if not path.is_file():
+            yield f"{asked} needs {path}, which is not there: {remedy}"
 
 
 def environment_problems(cfg: Config, run: Run) -> Iterator[str]:
@@ -634,9 +659,8 @@ def data_problems(cfg: Config, needs_training_data: bool) -> Iterator[str]:
     for tokens, counts in zip(val, sidecar, strict=False):
         if sizes.get(tokens) != sizes.get(counts):
             yield f"{counts} has {sizes.get(counts)} entries but {tokens} has {sizes.get(tokens)} tokens: prepare both again"
-    need = cfg.train_batch_tokens + MICRO_STEPS
-    if needs_training_data and train and all(sizes.get(p, 0) < need for p in train):
-        yield f"no training shard holds one step of {need} tokens: make larger shards or lower TRAIN_BATCH_TOKENS"
+    if needs_training_data and train and all(p not in sizes or usable_tokens(p) < cfg.step_tokens for p in train):
+        yield f"no training shard holds one step of {cfg.step_tokens} tokens: make larger shards or lower TRAIN_BATCH_TOKENS"
     yield from tokenizer_problems(cfg)
 
 
@@ -971,6 +995,17 @@ def read_shard(path: Path) -> np.ndarray:
     return np.memmap(path, dtype="<u2", mode="r", offset=4 * SHARD_HEADER) if header[2] else np.empty(0, "<u2")
 
 
+def first_document(shard: np.ndarray) -> int:
+    """Where the first document of a shard starts: 0 when it holds no BOS."""
+    return int(np.argmax(shard == BOS)) if len(shard) else 0
+
+
+def usable_tokens(path: Path) -> int:
+    """Tokens from a shard's first document on. Raises as read_shard."""
+    shard = read_shard(path)
+    return len(shard) - first_document(shard)
+
+
 def _shards(cfg: Config, pattern: str) -> list[Path]:
     return [Path(p) for p in sorted(glob.glob(str(cfg.shard_dir / pattern)))]
 
@@ -995,9 +1030,13 @@ def pack_boundaries(tokens: np.ndarray, piece: int, capacity: int) -> np.ndarray
     starts = np.union1d(np.flatnonzero(tokens == BOS), [0])
     ends = np.append(starts[1:], len(tokens))
     edges = np.concatenate([np.arange(a, b, piece) for a, b in zip(starts, ends, strict=True)])
+    return padded_edges(edges, len(tokens), capacity)
+
+
+def padded_edges(edges: np.ndarray, total: int, capacity: int) -> np.ndarray:
     while capacity < len(edges) + 1:
         capacity *= 2
-    return np.append(edges, np.full(capacity - len(edges), len(tokens))).astype(np.int32)
+    return np.append(edges, np.full(capacity - len(edges), total)).astype(np.int32)
 
 
 def boundary_capacity(row_tokens: int) -> int:
@@ -1024,21 +1063,21 @@ class TrainLoader:
 
     Shards are read in sorted order, cyclically, each from its first BOS; a step takes MICRO_STEPS consecutive spans of
     micro_batch_tokens + 1 tokens, of which micro-batch m * world + rank is this rank's. A tail shorter than a step is
-    dropped. The order is a function of the step alone, so resuming needs no state but `start_step`.
+    dropped, and so is a shard shorter than that. The order is a function of the step alone, so resuming needs no state but `start_step`.
     """
 
     def __init__(self, cfg: Config, run: Run, start_step: int = 0):
         self.cfg, self.run = cfg, run
-        self.shards = [read_shard(p) for p in train_files(cfg)]
+        self.shards = [read_shard(p) for p in train_files(cfg) if usable_tokens(p) >= cfg.step_tokens]
         self.spans = itertools.islice(self._step_starts(), start_step, None)
         # Batches are prepared two steps ahead: reading and packing never wait in the training loop.
         self.pool = ThreadPoolExecutor(max_workers=1)
         self.ahead = [self.pool.submit(self._prepare, next(self.spans)) for _ in range(2)]
 
     def _step_starts(self) -> Iterator[tuple[int, int]]:
-        need = MICRO_STEPS * (self.cfg.micro_batch_tokens + 1)
-        first = [int(np.argmax(s[: 1 << 20] == BOS)) for s in self.shards]
-        while True:
+        need = self.cfg.step_tokens
+        first = [first_document(s) for s in self.shards]
+        while self.shards:
             for i, shard in enumerate(self.shards):
                 for at in range(first[i], len(shard) - need + 1, need):
                     yield i, at
@@ -1403,6 +1442,8 @@ class GPT(nn.Module):
         """Compiles a block of either kind once; all layers share the graph because a block is a pure function."""
         self.kernels = kernels
         wrap = torch.compile if kernels.compiled else lambda f, **_: f
+        # Modes (training, scoring, adapters, base learning) times the shapes seen before a size becomes symbolic.
+        torch._dynamo.config.recompile_limit = 64
         # Training has one shape and gets a graph of its own; the windows of test-time training have many, and the second
         # shape that appears makes the sizes that differ symbolic.
         parts = (serial_block, two_lane_block, merge_skip, softcapped_loss)
@@ -1848,8 +1889,15 @@ def describe_plan(plan: Sequence[Visit]) -> str:
     return f"encoder:{encoder} decoder:{decoder}"
 
 
+def require_finite_weights(model: GPT, step: int, run: Run) -> None:
+    """Before weights are saved: a finite loss says nothing of the update that followed it."""
+    if not torch.stack([p.isfinite().all() for p in model.parameters()]).all():
+        stop_at_nan("a weight is not finite", step, run)
+
+
 def save_checkpoint(run: Run, model: GPT, optimizer: Optimizer, average: WeightAverage, progress: Progress) -> None:
     """Everything to continue training from here, for any number of ranks. A collective."""
+    require_finite_weights(model, progress.step, run)
     state = {
         "fingerprint": shape_fingerprint(model.cfg), "progress": asdict(progress), "model": model.state_dict(),
         "average": average.state_dict(), "average_steps": average.steps, "optimizer": optimizer.state_dict(),
@@ -1871,11 +1919,14 @@ def load_checkpoint(cfg: Config, run: Run, model: GPT, optimizer: Optimizer, ave
 
 def require_finite(loss: Tensor | None, step: int, run: Run) -> None:
     """The averaged loss is the same number everywhere, so every rank stops or none does."""
-    if loss is None or math.isfinite(loss.item()):
-        return
+    if loss is not None and not math.isfinite(loss.item()):
+        stop_at_nan(f"the training loss is {loss.item()}", step, run)
+
+
+def stop_at_nan(what: str, step: int, run: Run) -> None:
     path = run.folder / "checkpoint.pt"
     last = f"the last checkpoint is {path}, continue with RESUME=1" if path.exists() else "there is no checkpoint yet"
-    raise Stop(f"the training loss is {loss.item()} at step {step}: lower MATRIX_LR or look at the data; {last}")
+    raise Stop(f"{what} at step {step}: lower the learning rates or look at the data; {last}")
 
 
 def train(cfg: Config, run: Run, model: GPT, val: ValidationSet) -> Progress:
@@ -1920,6 +1971,7 @@ def train(cfg: Config, run: Run, model: GPT, val: ValidationSet) -> Progress:
         run.log(f"stopping_early: wallclock_cap train_time: {1000 * progress.seconds:.0f}ms step: {step}/{cfg.iterations}")
     run.log("ema:applying EMA weights")
     average.apply()
+    require_finite_weights(model, progress.step, run)
     return progress
 
 
@@ -2106,6 +2158,7 @@ def log_categories(coded: Mapping[str, Coded], run: Run) -> None:
 # An artifact is MAGIC, the length of the header (uint32), the header (deflated JSON) and the payload: compressed sections
 # of raw little-endian buffers. No pickle: reading a stranger's artifact can only fail, not run anything.
 MAGIC = b"GOLF\x01"
+PIECE = 1 << 20  # a section is compressed in pieces of this many bytes, side by side: 1/15 of the time, 0.002 % larger
 HEADER_LIMIT, RAW_LIMIT = 1 << 20, 1 << 30  # bytes that a header, and all sections together, may unpack to
 MODEL_FIELDS = tuple(
     "vocab_size num_layers model_dim num_heads num_kv_heads mlp_mult tied_embed_init_std logit_softcap rope_base rope_dims "
@@ -2191,8 +2244,9 @@ def pack(coded: Mapping[str, Coded], looped: bool, cfg: Config) -> bytes:
         for section, values in _buffers(name, c):
             sections.setdefault(section, bytearray()).extend(np.ascontiguousarray(values).tobytes())
     raw = [shuffle_bytes(bytes(b)) if s == "float16" else bytes(b) for s, b in sections.items()]
+    pieces = [b[i : i + PIECE] for b in raw for i in range(0, len(b), PIECE)]
     with ThreadPoolExecutor() as pool:  # the compressors release the interpreter lock
-        packed = list(pool.map(COMPRESSORS[cfg.compressor][0], raw))
+        packed = list(pool.map(COMPRESSORS[cfg.compressor][0], pieces))
     payload = b"".join(packed)
     defaults = Config()
     header = {
@@ -2200,7 +2254,7 @@ def pack(coded: Mapping[str, Coded], looped: bool, cfg: Config) -> bytes:
         "looped": looped,
         "config": {k: getattr(cfg, k) for k in MODEL_FIELDS if getattr(cfg, k) != getattr(defaults, k)},
         "tensors": [[n, c.kind, c.bits, list((c.codes if c.values is None else c.values).shape)] for n, c in coded.items()],
-        "sections": [len(p) for p in packed],
+        "pieces": [len(p) for p in packed],
         "sha256": hashlib.sha256(payload).hexdigest(),
     }
     text = zlib.compress(json.dumps(header, separators=(",", ":")).encode(), 9)
@@ -2216,17 +2270,17 @@ def read_header(blob: bytes) -> tuple[dict[str, Any], bytes]:
     try:
         inflate = zlib.decompressobj()
         header = json.loads(inflate.decompress(blob[at : at + size], HEADER_LIMIT))
-        compressor, tensors, sections = header["compressor"], header["tensors"], header["sections"]
+        compressor, tensors, pieces = header["compressor"], header["tensors"], header["pieces"]
         looped, config, digest = header["looped"], header["config"], header["sha256"]
     except (zlib.error, ValueError, KeyError, TypeError, RecursionError):
         raise ArtifactError("the artifact's header is damaged: copy the file again") from None
     typed = isinstance(looped, bool) and isinstance(config, dict) and isinstance(tensors, list)
     if not inflate.eof or not typed or compressor not in COMPRESSORS:
         raise ArtifactError("the artifact's header is damaged: copy the file again")
-    if not isinstance(sections, list) or not all(isinstance(n, int) and n >= 0 for n in sections):
-        raise ArtifactError("the artifact's header lists impossible section sizes")
+    if not isinstance(pieces, list) or not all(isinstance(n, int) and n >= 0 for n in pieces):
+        raise ArtifactError("the artifact's header lists impossible sizes")
     payload = blob[at + size :]
-    if hashlib.sha256(payload).hexdigest() != digest or sum(sections) != len(payload):
+    if hashlib.sha256(payload).hexdigest() != digest or sum(pieces) != len(payload):
         raise ArtifactError("the artifact's payload is damaged or cut short (checksum): copy the file again")
     return header, payload
 
@@ -2262,16 +2316,16 @@ def unpack(blob: bytes) -> tuple[dict[str, Tensor], bool, dict[str, Any]]:
     """
     header, payload = read_header(blob)
     layout = _tensor_layout(header)
-    sizes: dict[str, int] = {}
-    for *_, buffers in layout:
-        for section, dtype, shape in buffers:
-            sizes[section] = sizes.get(section, 0) + dtype.itemsize * math.prod(shape)
-    if len(sizes) != len(header["sections"]):
-        raise ArtifactError("the artifact's sections do not match its tensors")
-    ends = list(itertools.accumulate(header["sections"]))
-    streams = {}
-    for (section, size), a, b in zip(sizes.items(), [0, *ends], ends, strict=False):
-        streams[section] = _section(payload[a:b], size, section, header["compressor"])
+    streams, at, lengths = {}, 0, iter(header["pieces"])
+    for section, size in _section_sizes(layout).items():
+        raw = bytearray()
+        while len(raw) < size:
+            n = next(lengths, 0)
+            raw += _piece(payload[at : at + n], min(PIECE, size - len(raw)), section, header["compressor"])
+            at += n
+        streams[section] = io.BytesIO(unshuffle_bytes(bytes(raw)) if section == "float16" else bytes(raw))
+    if at != len(payload) or next(lengths, None) is not None:
+        raise ArtifactError("the artifact holds more than its tensors need")
     flat = {}
     for name, kind, bits, _, buffers in layout:
         parts = [torch.from_numpy(np.frombuffer(streams[s].read(d.itemsize * math.prod(n)), d).reshape(n).copy())
@@ -2283,14 +2337,23 @@ def unpack(blob: bytes) -> tuple[dict[str, Tensor], bool, dict[str, Any]]:
         raise ArtifactError("the artifact lacks a matrix of some layer") from None
 
 
-def _section(data: bytes, size: int, section: str, compressor: str) -> io.BytesIO:
+def _section_sizes(layout: Iterable[tuple]) -> dict[str, int]:
+    """Raw bytes of each section, in file order."""
+    sizes: dict[str, int] = {}
+    for *_, buffers in layout:
+        for section, dtype, shape in buffers:
+            sizes[section] = sizes.get(section, 0) + dtype.itemsize * math.prod(shape)
+    return sizes
+
+
+def _piece(data: bytes, size: int, section: str, compressor: str) -> bytes:
     try:
         raw = COMPRESSORS[compressor][1](data, size)
     except Exception as e:  # each compressor has error classes of its own
         raise ArtifactError(f"the artifact's section {section} does not decompress: {e}") from None
     if len(raw) != size:
-        raise ArtifactError(f"the artifact's section {section} has {len(raw)} bytes, its tensors need {size}")
-    return io.BytesIO(unshuffle_bytes(raw) if section == "float16" else raw)
+        raise ArtifactError(f"a piece of the artifact's section {section} has {len(raw)} bytes instead of {size}")
+    return raw
 
 
 class StripAnnotations(ast.NodeTransformer):
@@ -2465,11 +2528,11 @@ class Chunk(NamedTuple):
 class TestTimeScorer:
     """Scores batches of documents, each with adapters of its own that learn from what has been scored."""
 
-    WINDOW_STEP = 256  # windows are padded to multiples of this: few shapes, little waste
-
     def __init__(self, model: GPT, val: ValidationSet, cfg: Config, run: Run):
         self.model, self.val, self.cfg, self.run = model, val, cfg, run
         self.tokens = torch.from_numpy(val.tokens.astype(np.int32)).to(run.device)
+        # Compiled code wants few shapes: windows are padded to multiples of this.
+        self.window_step = min(256, cfg.ttt_eval_seq_len) if model.kernels.compiled else 1
         self.byte_sums = np.concatenate([[0], np.cumsum(val.token_bytes)])
 
     def bytes_of(self, doc: Document) -> int:
@@ -2528,7 +2591,7 @@ class TestTimeScorer:
         spans = [(d.start + (w or none).start, *(w or none)[1:]) for d, w, _ in parts]
         start, length, offset, count = torch.tensor(spans, device=device).unsqueeze(-1).unbind(1)  # (N, 1) each
         longest = max(s[1] for s in spans)
-        column = torch.arange(math.ceil(longest / self.WINDOW_STEP) * self.WINDOW_STEP, device=device)
+        column = torch.arange(math.ceil(longest / self.window_step) * self.window_step, device=device)
         inputs = torch.where(column < length, self.tokens[(start + column).clamp_max(len(self.tokens) - 1)], BOS).long()
         place = torch.arange(width, device=device)
         scored, at = place < count, (offset + place).clamp_max(len(column) - 1)
@@ -2702,9 +2765,11 @@ def base_loss(model: GPT, tokens: np.ndarray, row: int, cfg: Config, run: Run) -
     n = max(len(tokens) - 1, 0)
     tokens = np.pad(tokens, (0, row + 1 - len(tokens)), constant_values=BOS)
     inputs, targets, docs = packed_row(tokens, cfg.eval_seq_len)
-    if not cfg.global_ttt_respect_doc_boundaries:
-        cuts = pack_boundaries(np.zeros(row), cfg.eval_seq_len, len(docs.cu_seqlens))
-        docs = docs._replace(cu_seqlens=torch.from_numpy(cuts))
+    # Sequences are cut on one grid whatever the ranks' shares, so that every number of ranks learns from the same pieces.
+    edges = np.arange(0, row, cfg.eval_seq_len)
+    if cfg.global_ttt_respect_doc_boundaries:
+        edges = np.union1d(edges, np.flatnonzero(tokens[:-1] == BOS))
+    docs = docs._replace(cu_seqlens=torch.from_numpy(padded_edges(edges, row, len(docs.cu_seqlens))))
     inputs, targets, docs = to_device((inputs, targets, docs), run.device)
     counts = (torch.arange(row, device=run.device) < n)[None]
     return (model(inputs, targets, docs=docs, reduction="none") * counts).sum()
@@ -2726,10 +2791,8 @@ def load_stage_file(cfg: Config, run: Run, name: str, asked: str) -> dict[str, A
     path = run.folder / name
     try:
         state = torch.load(path, map_location=run.device, weights_only=True)
-    except FileNotFoundError:
-        raise Stop(f"{asked} needs {path}, which is not there: start from an earlier stage", 2) from None
     except Exception as e:  # torch raises many kinds for a damaged file
-        raise Stop(f"{path} cannot be read ({type(e).__name__}): start from an earlier stage", 2) from None
+        raise Stop(f"{asked} cannot read {path} ({type(e).__name__}): start from an earlier stage", 2) from None
     theirs, ours = state["fingerprint"], shape_fingerprint(cfg)
     if differ := [f"{k.upper()}={theirs.get(k)} there, {ours[k]} here" for k in ours if theirs.get(k) != ours[k]]:
         raise Stop(f"{path} belongs to another model: {'; '.join(differ)}", 2)
@@ -2749,8 +2812,10 @@ def train_stage(cfg: Config, run: Run, val: ValidationSet, result: dict[str, Any
     if cfg.max_wallclock_seconds > 0:
         budget = cfg.max_wallclock_seconds - cfg.gptq_reserve_seconds
         run.log(f"gptq:reserving {cfg.gptq_reserve_seconds:.0f}s, effective={1000 * budget:.0f}ms")
+    run.training = True
     with run.stage("train"):
         progress = train(cfg, run, model, val)
+    run.training = False
     reserved = torch.cuda.max_memory_reserved() >> 20 if run.device.type == "cuda" else run.peak_memory_mib()
     run.log(f"peak memory allocated: {run.peak_memory_mib()} MiB reserved: {reserved} MiB")
     result.update(steps=progress.step, train_seconds=progress.seconds, looped=progress.looped)
@@ -3011,9 +3076,9 @@ def print_sizes(folder: str | None) -> None:
     if artifact and artifact.is_file():
         header, payload = read_header(artifact.read_bytes())
         print(f"{artifact!s:<40}{artifact.stat().st_size:>12}")
-        sections = dict.fromkeys(s for *_, buffers in _tensor_layout(header) for s, _, _ in buffers)
-        for name, size in zip(sections, header["sections"], strict=True):
-            print(f"  {name:<38}{size:>12}")
+        lengths = iter(header["pieces"])
+        for name, size in _section_sizes(_tensor_layout(header)).items():
+            print(f"  {name:<38}{sum(itertools.islice(lengths, math.ceil(size / PIECE))):>12}")
         print(f"{'headroom':<40}{ARTIFACT_LIMIT - len(whole) - artifact.stat().st_size:>12}")
 
 
@@ -3044,10 +3109,9 @@ def main() -> int:
         elif first:
             print(stop.sentence, file=sys.stderr)
         return stop.code
-    except KeyboardInterrupt:
-        if run is not None:
-            run.log(f"stopped; finished stages are in {run.folder}, FROM_STAGE goes on from them")
-        return 130
+    except Interrupted as stop:
+        run.log(f"stopped by {signal.Signals(stop.args[0]).name}: the finished stages are in {run.folder}, FROM_STAGE goes on from them")
+        return 128 + stop.args[0]
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
