@@ -27,3 +27,11 @@ def dataset(tmp_path: Path) -> Path:
     from support import write_dataset
 
     return write_dataset(tmp_path / "shards")
+
+
+@pytest.fixture(scope="session")
+def minified() -> str:
+    """The program as the submission holds it; making it takes seconds."""
+    import train_gpt
+
+    return train_gpt.minify(Path(train_gpt.__file__).read_text())

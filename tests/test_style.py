@@ -87,6 +87,6 @@ def test_only_training_imports_torch_and_no_file_imports_training() -> None:
     assert not imported["train_gpt.py"] & {"lossless_caps", "prepare_caseops_data", "read_logs"}
 
 
-def test_the_submitted_code_is_small() -> None:
-    size = len(train_gpt.self_extracting(train_gpt.minify(SOURCE)))
+def test_the_submitted_code_is_small(minified: str) -> None:
+    size = len(train_gpt.self_extracting(minified))
     assert 1000 < size < 40_000
