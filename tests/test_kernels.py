@@ -1,0 +1,237 @@
+"""Fused kernels against their plain PyTorch specifications: in Triton's interpreter without a GPU, and on one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from support import documents, packed, relative_error, tiny_config, tiny_model
+from torch import Tensor
+
+import train_gpt
+from train_gpt import ATTENTION_KINDS, GPT, SPEC, Docs, attention_sdpa, choose_kernels, mlp_fused, mlp_spec
+
+gpu = pytest.mark.gpu
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+needs_triton = pytest.mark.skipif(train_gpt.triton is None, reason="needs triton")
+interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the kernel itself is tested")
+
+ODD_SIZES = [(1, 8, 8), (33, 40, 72), (64, 32, 128), (5, 130, 17), (300, 24, 70)]  # M, D, F: beside and on the tiles
+LARGE_SIZES = [(1, 64, 128), (1000, 512, 2048), (129, 264, 520), (4096, 512, 2048)]
+
+
+def value_and_gradients(f: Callable[..., Tensor], *inputs: Tensor) -> list[Tensor]:
+    """f(inputs) and the gradients of a fixed weighted sum of it."""
+    leaves = [t.detach().clone().requires_grad_() for t in inputs]
+    out = f(*leaves)
+    g = torch.Generator().manual_seed(7)
+    weight = torch.randn(out.shape, generator=g).to(out)
+    return [out.detach(), *torch.autograd.grad(out, leaves, weight)]
+
+
+def mlp_inputs(m: int, d: int, f: int, dtype: torch.dtype, device: str = "cpu") -> list[Tensor]:
+    g = torch.Generator().manual_seed(m + d + f)
+    shapes, sizes = ((m, d), (f, d), (d, f)), (1.0, d**-0.5, f**-0.5)
+    return [(torch.randn(s, generator=g) * k).to(device, dtype) for s, k in zip(shapes, sizes, strict=True)]
+
+
+# ---- specifications --------------------------------------------------------------------------------------------------
+def test_the_activation_and_its_slope() -> None:
+    h = torch.tensor([-4.0, -1.0, 0.0, 1.0, 3.0], requires_grad=True)
+    y = train_gpt.leaky_square(h)
+    assert y.tolist() == [4.0, 0.25, 0.0, 1.0, 9.0]
+    y.sum().backward()
+    assert h.grad.tolist() == [-2.0, -0.5, 0.0, 2.0, 6.0]
+
+
+def test_rms_has_one_epsilon_for_every_dtype() -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.tensor([[3e-2, -4e-2, 0.0, 0.0]], dtype=dtype)
+        assert train_gpt.rms(x).float().square().mean().item() == pytest.approx(1, rel=0.02)
+    assert not train_gpt.rms(torch.zeros(2, 4)).any()
+
+
+def test_packed_attention_is_attention_of_the_pieces() -> None:
+    q, k, v = (torch.randn(20, h, 8) for h in (4, 2, 2))
+    lengths = (7, 1, 12)
+    out = attention_sdpa(q, k, v, packed(lengths))
+    at = 0
+    for n in lengths:
+        scores = torch.einsum("qhk,shk->hqs", q[at : at + n], k[at : at + n].repeat_interleave(2, 1)) / 8**0.5
+        scores = scores.masked_fill(torch.ones(n, n).triu(1).bool(), -torch.inf)
+        want = torch.einsum("hqs,shk->qhk", scores.softmax(-1), v[at : at + n].repeat_interleave(2, 1))
+        assert torch.allclose(out[at : at + n], want, atol=1e-5)
+        at += n
+
+
+def test_logits_are_capped() -> None:
+    hidden, embedding = 100 * torch.randn(3, 8), torch.randn(16, 8)
+    logits = train_gpt.softcapped_logits(hidden, embedding, 30.0)
+    assert logits.abs().max() <= 30
+    small = train_gpt.softcapped_logits(1e-3 * hidden, embedding, 30.0)
+    assert torch.allclose(small, 1e-3 * hidden @ embedding.T, atol=1e-3)
+    assert train_gpt.softcapped_logits(hidden.bfloat16(), embedding.bfloat16(), 30.0).dtype == torch.float32
+
+
+def test_own_value_is_excluded() -> None:
+    y, v = torch.randn(2, 5, 4, 8), torch.randn(2, 5, 2, 8)
+    out = train_gpt.exclude_own_value(y, v)
+    assert (out * v.repeat_interleave(2, 2)).sum(-1).abs().max() < 1e-5
+    assert torch.allclose(train_gpt.exclude_own_value(out, v), out, atol=1e-5)
+
+
+# ---- choice ----------------------------------------------------------------------------------------------------------
+def test_the_cpu_runs_the_specification() -> None:
+    cpu = torch.device("cpu")
+    chosen = choose_kernels(tiny_config(), cpu)
+    assert chosen.attention is attention_sdpa
+    assert chosen.mlp is mlp_spec
+    assert not chosen.compiled
+    assert choose_kernels(tiny_config(compile="on"), cpu).compiled
+    assert "sdpa" in chosen.why
+
+
+def test_every_kind_of_attention_can_be_asked_for() -> None:
+    for kind, f in ATTENTION_KINDS.items():
+        assert choose_kernels(tiny_config(attention=kind, kernels="spec"), torch.device("cpu")).attention is f
+
+
+def test_a_missing_package_is_not_importable() -> None:
+    assert train_gpt.importable("json")
+    assert not train_gpt.importable("no_such_package.interface")
+
+
+# ---- the fused MLP ---------------------------------------------------------------------------------------------------
+@needs_triton
+@interpreted
+@pytest.mark.parametrize("size", ODD_SIZES, ids=str)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float16, 3e-3)], ids=["fp32", "fp16"])
+def test_interpreted_mlp(size: tuple[int, int, int], dtype: torch.dtype, tolerance: float) -> None:
+    """bfloat16 is left to the GPU: the interpreter's products of it are not to be trusted."""
+    inputs = mlp_inputs(*size, dtype)
+    fused = value_and_gradients(mlp_fused, *inputs)
+    exact = value_and_gradients(mlp_spec, *(t.float() for t in inputs))
+    for name, ours, want in zip(("out", "x", "up", "down"), fused, exact, strict=True):
+        assert ours.dtype == dtype
+        assert relative_error(ours, want) < tolerance, name
+
+
+@needs_triton
+@interpreted
+def test_interpreted_mlp_takes_rows_of_any_layout() -> None:
+    x, up, down = mlp_inputs(24, 16, 40, torch.float32)
+    odd = [x.view(2, 3, 4, 16).transpose(0, 1), up.t().contiguous().t(), down.t().contiguous().t()]
+    fused, plain = value_and_gradients(mlp_fused, *odd), value_and_gradients(mlp_spec, *odd)
+    assert fused[0].shape == (3, 2, 4, 16)
+    assert all(relative_error(a, b) < 1e-5 for a, b in zip(fused, plain, strict=True))
+
+
+@needs_triton
+@interpreted
+def test_interpreted_mlp_skips_gradients_nobody_wants() -> None:
+    x, up, down = mlp_inputs(9, 16, 24, torch.float32)
+    x.requires_grad_()
+    mlp_fused(x, up, down).sum().backward()
+    assert x.grad is not None
+    assert up.grad is down.grad is None
+
+
+@needs_triton
+@interpreted
+def test_interpreted_model_is_the_plain_model() -> None:
+    plain = tiny_model()
+    fused = GPT(plain.cfg, SPEC._replace(mlp=mlp_fused))
+    fused.load_state_dict(plain.state_dict())
+    tokens, docs = torch.from_numpy(documents((9, 8)).astype("int64"))[None], packed((9, 8))
+    losses = []
+    for model in (plain, fused):
+        model.looped = True
+        loss = model(tokens, tokens.roll(-1, 1), docs=docs)
+        loss.backward()
+        losses.append(loss.item())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    for (name, a), b in zip(plain.named_parameters(), fused.parameters(), strict=True):
+        assert relative_error(b.grad, a.grad) < 1e-4, name
+
+
+def within_twice_the_error(
+    fused: Callable[..., Tensor], plain: Callable[..., Tensor], inputs: Sequence[Tensor], names: Sequence[str]
+) -> None:
+    """The fused result may be at most twice as far from float32 as the specification in the same dtype is."""
+    exact = value_and_gradients(plain, *(t.float() for t in inputs))
+    same_dtype = value_and_gradients(plain, *inputs)
+    ours = value_and_gradients(fused, *inputs)
+    for name, a, b, c in zip(("out", *names), ours, same_dtype, exact, strict=True):
+        assert torch.isfinite(a).all(), name
+        assert relative_error(a.cpu(), c.cpu()) <= 2 * relative_error(b.cpu(), c.cpu()) + 1e-6, name
+
+
+@gpu
+@needs_cuda
+@needs_triton
+@pytest.mark.parametrize("size", [*ODD_SIZES[1:3], *LARGE_SIZES], ids=str)
+def test_fused_mlp(size: tuple[int, int, int]) -> None:
+    within_twice_the_error(mlp_fused, mlp_spec, mlp_inputs(*size, torch.bfloat16, "cuda"), ("x", "up", "down"))
+
+
+# ---- attention -------------------------------------------------------------------------------------------------------
+MODULES = {"fa3": "flash_attn_interface", "fa4": "flash_attn.cute.interface", "varlen": "torch.nn.attention.varlen"}
+
+
+@gpu
+@needs_cuda
+@pytest.mark.parametrize("lengths", [(64,), (1, 1, 2), (100, 1, 333, 57, 21), (700, 1300, 48)], ids=str)
+@pytest.mark.parametrize("heads", [(8, 4), (4, 4), (8, 1)], ids=str)
+@pytest.mark.parametrize("kind", MODULES)
+def test_attention_kernels(kind: str, heads: tuple[int, int], lengths: tuple[int, ...]) -> None:
+    if not train_gpt.importable(MODULES[kind]):
+        pytest.skip(f"needs {MODULES[kind]}")
+    boundaries = packed(lengths, n_more=64 - len(lengths))
+    docs = Docs(boundaries.cu_seqlens.cuda(), boundaries.max_len)
+    g = torch.Generator().manual_seed(sum(lengths))
+    inputs = [torch.randn(sum(lengths), h, 64, generator=g).to("cuda", torch.bfloat16) for h in (*heads, heads[1])]
+
+    def run(attention: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return lambda q, k, v: attention(q, k, v, docs)
+
+    within_twice_the_error(run(ATTENTION_KINDS[kind]), run(attention_sdpa), inputs, ("q", "k", "v"))
+
+
+# ---- the whole model -------------------------------------------------------------------------------------------------
+def losses_and_gradients(model: GPT, lengths: Sequence[int]) -> tuple[float, dict[str, Tensor]]:
+    tokens = torch.from_numpy(documents(lengths).astype("int64"))[None].cuda()
+    boundaries = packed(lengths, n_more=64 - len(lengths))
+    docs = Docs(boundaries.cu_seqlens.cuda(), boundaries.max_len)
+    model.zero_grad()
+    loss = model(tokens, tokens.roll(-1, 1), docs=docs)
+    loss.backward()
+    return loss.item(), {n: p.grad.float().cpu() for n, p in model.named_parameters()}
+
+
+@gpu
+@needs_cuda
+@pytest.mark.slow
+@pytest.mark.parametrize("looped", [False, True], ids=["plain", "looped"])
+def test_compiled_model_is_the_specification(looped: bool) -> None:
+    changes: dict[str, Any] = dict(model_dim=256, rope_dims=16, smear_gate_enabled=True, attn_out_gate_enabled=True)
+    cuda, exact = torch.device("cuda"), tiny_model(**changes).cuda()
+    results = {}
+    models = {
+        "exact": exact,
+        "plain": GPT(exact.cfg, SPEC, torch.bfloat16),
+        "chosen": GPT(exact.cfg, choose_kernels(tiny_config(**changes), cuda), torch.bfloat16),
+    }
+    for name, model in models.items():
+        model.load_state_dict(exact.state_dict())
+        model.looped = looped
+        if name != "exact":
+            model.place(cuda)
+        results[name] = losses_and_gradients(model, (120, 33, 1, 102))
+    assert models["chosen"].kernels.compiled
+    loss, grads = results["exact"]
+    assert abs(results["chosen"][0] - loss) <= 2 * abs(results["plain"][0] - loss) + 5e-3 * loss
+    for name, want in grads.items():
+        ours, plain = (relative_error(results[k][1][name], want) for k in ("chosen", "plain"))
+        assert ours <= 2 * plain + 1e-3, name
