@@ -234,4 +234,8 @@ def test_compiled_model_is_the_specification(looped: bool) -> None:
     assert abs(results["chosen"][0] - loss) <= 2 * abs(results["plain"][0] - loss) + 5e-3 * loss
     for name, want in grads.items():
         ours, plain = (relative_error(results[k][1][name], want) for k in ("chosen", "plain"))
-        assert ours <= 2 * plain + 1e-3, name
+        assert ours <= 2 * plain + 0.02, name  # two sums of few terms may round apart; a wrong term is far larger
+    ours, plain = (
+        sum((results[k][1][n] - g).square().sum() for n, g in grads.items()).sqrt() for k in ("chosen", "plain")
+    )
+    assert ours <= 2 * plain

@@ -20,6 +20,7 @@ from train_gpt import (
     Adapters,
     Config,
     Document,
+    Meter,
     Stop,
     ValidationSet,
     adapt_and_score,
@@ -38,28 +39,27 @@ def validation(tokens: np.ndarray) -> ValidationSet:
 
 
 class Recorder:
-    """Loss of every scored target, in the order of scoring, by its position in the stream."""
+    """Loss of every target as the meter gets it, in the order of scoring, by its position in the stream."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch):
         self.rows: list[tuple[int, float]] = []
-        self.parts: Sequence[Any] = []  # of the chunk that is to be scored next; empty once it has been
-        gather, score = Scorer.gather, Scorer.score_chunk
+        self.parts: Sequence[Any] = []  # documents and windows of the chunk at hand
+        gather, add = Scorer.gather, Meter.add
 
         def remember(scorer: Scorer, parts: Sequence[Any]) -> Any:
             self.parts = parts
             return gather(scorer, parts)
 
-        def record(scorer: Scorer, chunk: Any, adapters: Adapters) -> Tensor:
-            losses = score(scorer, chunk, adapters)
-            for (doc, window, _), row in zip(self.parts, losses.tolist(), strict=False):
-                if window is not None:
-                    first = doc.start + window.start + window.offset + 1
-                    self.rows += [(first + i, row[i]) for i in range(window.count)]
-            self.parts = []  # a second pass over the chunk only learns
-            return losses
+        def record(meter: Meter, losses: Tensor, n_tokens: int, n_bytes: int) -> None:
+            if losses.dim() == 2:  # of a chunk; sums of whole batches are numbers
+                for (doc, window, _), row in zip(self.parts, losses.tolist(), strict=True):
+                    if window is not None:
+                        first = doc.start + window.start + window.offset + 1
+                        self.rows += [(first + i, row[i]) for i in range(window.count)]
+            add(meter, losses, n_tokens, n_bytes)
 
         monkeypatch.setattr(Scorer, "gather", remember)
-        monkeypatch.setattr(Scorer, "score_chunk", record)
+        monkeypatch.setattr(Meter, "add", record)
 
     def take(self) -> dict[int, float]:
         """What was scored since the last call; each target once."""
@@ -74,8 +74,14 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
     return Recorder(monkeypatch)
 
 
+CHUNK, CONTEXT = 6, 16
+# Time goes by visits and chunks here: five visits, with a loop, a skip and a two-lane layer among them.
+SMALL = dict(num_layers=4, loop_start=1, loop_end=1, parallel_start_layer=3, xsa_last_n=4, ttt_chunk_size=CHUNK,
+             ttt_eval_seq_len=CONTEXT)  # fmt: skip
+
+
 def looped_model(**changes: Any) -> train_gpt.GPT:
-    model = tiny_model(**changes)
+    model = tiny_model(**{**SMALL, **changes})
     model.looped = True
     return model.requires_grad_(False)
 
@@ -178,11 +184,11 @@ def test_learning_does_change_later_chunks(recorder: Recorder) -> None:
     for rate in (0.0, 0.05):
         one_batch(tokens, looped_model(ttt_lora_lr=rate))
         losses.append(recorder.take())
-    first = {d.start + 1 + i for d in validation(tokens).documents() for i in range(min(d.n_targets, 4))}
+    first = {d.start + 1 + i for d in validation(tokens).documents() for i in range(min(d.n_targets, CHUNK))}
     assert all((losses[0][p] == losses[1][p]) == (p in first) for p in losses[0])
 
 
-def whole_run(tokens: np.ndarray, **changes: Any) -> train_gpt.Meter:
+def whole_run(tokens: np.ndarray, **changes: Any) -> Meter:
     model = looped_model(**changes)
     return adapt_and_score(model, validation(tokens), model.cfg, LoneRun())[0]
 
@@ -238,7 +244,7 @@ def test_text_before_the_first_document_start_is_scored(recorder: Recorder) -> N
 
 def test_a_meter_that_misses_a_target_gives_no_score(monkeypatch: pytest.MonkeyPatch) -> None:
     full = train_gpt.windows
-    monkeypatch.setattr(train_gpt, "windows", lambda n, chunk, context: full(n, chunk, context)[: 1 + (n <= 8)])
+    monkeypatch.setattr(train_gpt, "windows", lambda n, chunk, context: full(n, chunk, context)[: 1 + (n <= 2 * CHUNK)])
     with pytest.raises(Stop) as stop:
         whole_run(documents([30, 4]))
     assert "no score" in stop.value.sentence
@@ -262,7 +268,7 @@ def test_context_is_cut_to_the_window(recorder: Recorder) -> None:
     tokens = documents([30])
     one_batch(tokens, model)
     losses = recorder.take()
-    for w in windows(29, 4, 12):
+    for w in windows(29, CHUNK, CONTEXT):
         text = torch.from_numpy(tokens[w.start : w.start + w.length + 1].astype("int64"))[None]
         want = model(text[:, :-1], text[:, 1:], reduction="none")[0, w.offset :]
         ours = [losses[w.start + w.offset + 1 + i] for i in range(w.count)]
@@ -436,7 +442,7 @@ def test_base_learning_rate_is_a_cosine_after_a_warm_up() -> None:
 
 # ---- plain evaluation and the meter ----------------------------------------------------------------------------------
 def test_meter_is_the_formula() -> None:
-    a, b = train_gpt.Meter(), train_gpt.Meter()
+    a, b = Meter(), Meter()
     a.add(torch.tensor([1.0, 2.0]), 2, 5)
     b.add(torch.tensor(0.5), 1, 3)
     a.merge(b)
