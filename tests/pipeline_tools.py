@@ -1,8 +1,7 @@
-"""Runs of train_gpt.py in processes of their own: a tiny configuration, made-up documents, and what a run leaves behind."""
+"""Runs of train_gpt.py in processes of their own: a tiny configuration, made-up documents, what a run leaves behind."""
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import random
@@ -10,37 +9,45 @@ import re
 import socket
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
 import sentencepiece
+from support import ROOT, TOKENIZER, write_shard
 
 import prepare_caseops_data
 import train_gpt
 
-ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "train_gpt.py"
-TOKENIZER = ROOT / "tokenizer" / "caseops_8192.model"
+KNOBS = {f.name.upper() for f in fields(train_gpt.Config)}
 TIMEOUT_S = 240  # far above what any run takes: only a hang reaches it
 
 # Every part of the pipeline is on: loop, skips, lanes, gates, two phases of test-time training with base learning.
 TINY: dict[str, Any] = dict(
-    NUM_LAYERS=4, MODEL_DIM=32, NUM_HEADS=2, NUM_KV_HEADS=1, MLP_MULT=2, ROPE_DIMS=8, LOOP_START=1, LOOP_END=1, NUM_LOOPS=1,
-    PARALLEL_START_LAYER=3, XSA_LAST_N=4, SMEAR_GATE_ENABLED=1, GATE_WINDOW=12, VOCAB_SIZE=8192,
-    TRAIN_BATCH_TOKENS=1024, TRAIN_SEQ_LEN=64, EVAL_SEQ_LEN=64, VAL_BATCH_TOKENS=2048, ITERATIONS=12, VAL_LOSS_EVERY=6,
+    NUM_LAYERS=4, MODEL_DIM=32, NUM_HEADS=2, NUM_KV_HEADS=1, MLP_MULT=2, ROPE_DIMS=8, LOOP_START=1, LOOP_END=1,
+    NUM_LOOPS=1, PARALLEL_START_LAYER=3, XSA_LAST_N=4, SMEAR_GATE_ENABLED=1, GATE_WINDOW=12, VOCAB_SIZE=8192,
+    TRAIN_BATCH_TOKENS=512, TRAIN_SEQ_LEN=32, EVAL_SEQ_LEN=64, VAL_BATCH_TOKENS=2048, ITERATIONS=12, VAL_LOSS_EVERY=6,
     TRAIN_LOG_EVERY=1, WARMUP_STEPS=1, MAX_WALLCLOCK_SECONDS=0, CHECKPOINT_EVERY=0, MUON_MOMENTUM_WARMUP_STEPS=4,
-    GPTQ_CALIBRATION_BATCHES=3, TTT_LORA_RANK=4, TTT_LORA_LR=2e-3, TTT_CHUNK_SIZE=16, TTT_EVAL_SEQ_LEN=64, TTT_BATCH_SIZE=2,
-    PHASED_TTT_PREFIX_DOCS=5, PHASED_TTT_NUM_PHASES=2, GLOBAL_TTT_CHUNK_TOKENS=256, DEVICE="cpu", OMP_NUM_THREADS=1,
+    GPTQ_CALIBRATION_BATCHES=3, TTT_LORA_RANK=4, TTT_LORA_LR=2e-3, TTT_CHUNK_SIZE=16, TTT_EVAL_SEQ_LEN=64,
+    TTT_BATCH_SIZE=2, PHASED_TTT_PREFIX_DOCS=5, PHASED_TTT_NUM_PHASES=2, GLOBAL_TTT_CHUNK_TOKENS=256, DEVICE="cpu",
+    OMP_NUM_THREADS=1,
 )  # fmt: skip
 
 # ---- documents -------------------------------------------------------------------------------------------------------
-WORDS = ["the", "of", "and", "to", "in", "that", "it", "was", "for", "with", "as", "his", "on", "be", "at", "by", "had", "not", "are", "but", "from", "they", "which", "one", "you", "were", "her", "all", "she", "there", "would", "their", "we", "him", "been", "has", "when", "who", "will", "more", "no", "if", "out", "so", "said", "what", "up", "its", "about", "into", "than", "them", "can", "only", "other", "new", "some", "could", "time", "these", "two", "may", "then", "do", "first", "any", "my", "now", "such", "like", "our", "over", "man", "me", "even", "most", "made", "after", "also", "did", "many", "before", "must", "through", "back", "years", "where", "much", "your", "way", "well", "down", "should", "because", "each", "just", "those", "people", "river", "window", "letter", "winter", "garden", "morning", "answer", "city", "history", "island", "mother", "music", "number", "paper", "question", "story"]
+COMMON_WORDS = (  # the most frequent first
+    "the of and to in that it was for with as his on be at by had not are but from they which one you were her all she "
+    "there would their we him been has when who will more no if out so said what up its about into than them can only "
+    "other new some could time these two may then do first any my now such like our over man me even most made after "
+    "also did many before must through back years where much your way well down should because each just those people "
+    "river window letter winter garden morning answer city history island mother music number paper question story"
+)
+WORDS = COMMON_WORDS.split()
 NAMES = ("London", "Anna", "Mr. Hill", "NASA", "the USA", "Zürich", "café Noir", "iPhone", "1984", "Peter")
 
 
@@ -53,10 +60,6 @@ def made_up_text(rng: random.Random, n_sentences: int) -> str:
         sentence = " ".join(words)
         sentences.append(sentence[0].upper() + sentence[1:] + rng.choice((".", ".", "?", "!")))
     return " ".join(sentences)
-
-
-def write_shard(path: Path, values: Sequence[int]) -> None:
-    path.write_bytes(prepare_caseops_data.shard_header(len(values)) + np.array(values, dtype="<u2").tobytes())
 
 
 def make_shards(folder: Path, seed: int, n_train: int, val_sentences: Sequence[int]) -> Path:
@@ -77,7 +80,7 @@ def make_shards(folder: Path, seed: int, n_train: int, val_sentences: Sequence[i
 
 
 # ---- runs ------------------------------------------------------------------------------------------------------------
-@dataclass(frozen=True)
+@dataclass
 class Finished:
     """A run that has ended: exit code of each process, everything printed, and the run folder."""
 
@@ -123,10 +126,14 @@ class Finished:
         return self
 
 
+# The same program, whose submission holds its plain text: minifying takes 3 s, and a few runs have tested it.
+UNMINIFIED = "import sys, train_gpt; train_gpt.minify = lambda source: source; sys.exit(train_gpt.main())"
+
+
 def environment(knobs: dict[str, Any]) -> dict[str, str]:
     """This process's environment without the knobs and ranks somebody may have set, with `knobs`."""
-    ours = {f.name.upper() for f in fields(train_gpt.Config)} | {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"}
-    kept = {k: v for k, v in os.environ.items() if k not in ours and not k.startswith(("TORCHELASTIC", "TORCHRUN"))}
+    ours = {*KNOBS, "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"}
+    kept = {k: v for k, v in os.environ.items() if k not in ours and not k.startswith("TORCHELASTIC")}
     return kept | {"CUDA_VISIBLE_DEVICES": ""} | {k: str(v) for k, v in knobs.items()}
 
 
@@ -137,7 +144,7 @@ def free_port() -> int:
 
 
 class Launch:
-    """The processes of one run, each with its output in a file, so that no pipe can fill up and block it."""
+    """The processes of one run, each with its output in a file: a full pipe would block it."""
 
     def __init__(
         self, knobs: dict[str, Any], *, world: int = 1, torchrun: bool = False, code: str = "", script: Path = SCRIPT,
@@ -159,11 +166,10 @@ class Launch:
             self._start(command, environment(knobs | place), cwd)
 
     def _start(self, command: list[str], env: dict[str, str], cwd: Path) -> None:
-        output = self.folder.with_name(f"{self.folder.name}.output{len(self.outputs)}.txt")
-        output.parent.mkdir(parents=True, exist_ok=True)
-        with output.open("wb") as file:
+        handle, name = tempfile.mkstemp(suffix=".txt")
+        self.outputs.append(Path(name))
+        with open(handle, "wb") as file:
             self.processes.append(subprocess.Popen(command, env=env, cwd=cwd, stdout=file, stderr=subprocess.STDOUT))
-        self.outputs.append(output)
 
     def printed(self) -> str:
         return "\n".join(o.read_text(errors="replace") for o in self.outputs)
@@ -183,20 +189,29 @@ class Launch:
             codes = [p.wait(max(until - time.monotonic(), 0.1)) for p in self.processes]
         except subprocess.TimeoutExpired:
             raise AssertionError(f"still running after {TIMEOUT_S} s\n{self.printed()}") from None
-        finally:
-            self.kill()
         return Finished(codes, self.printed(), self.folder)
 
-    def kill(self) -> None:
+    def __enter__(self) -> Launch:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Nothing survives the block: torchrun is asked first, because killing it would orphan its processes."""
         for p in self.processes:
-            with contextlib.suppress(ProcessLookupError):
+            p.terminate()
+        for p in self.processes:
+            try:
+                p.wait(40)
+            except subprocess.TimeoutExpired:
                 p.kill()
-            p.wait()
+                p.wait()
+        for output in self.outputs:
+            output.unlink()
 
 
 def run(folder: Path, data: Path, *, world: int = 1, torchrun: bool = False, code: str = "", **knobs: Any) -> Finished:
     """One run of the tiny configuration from start to end; `knobs` come on top of it."""
-    return Launch(tiny(folder, data, **knobs), world=world, torchrun=torchrun, code=code).finish()
+    with Launch(tiny(folder, data, **knobs), world=world, torchrun=torchrun, code=code) as launch:
+        return launch.finish()
 
 
 def tiny(folder: Path, data: Path, **knobs: Any) -> dict[str, Any]:
@@ -206,17 +221,8 @@ def tiny(folder: Path, data: Path, **knobs: Any) -> dict[str, Any]:
 T = TypeVar("T")
 
 
-def together(*jobs: Callable[[], T]) -> list[T]:
+def together(jobs: dict[str, Callable[[], T]]) -> dict[str, T]:
     """Runs jobs two at a time: the tests are meant for two cores, and a run uses one."""
     with ThreadPoolExecutor(2) as pool:
-        return [f.result() for f in [pool.submit(job) for job in jobs]]
-
-
-@contextlib.contextmanager
-def launched(knobs: dict[str, Any], **how: Any) -> Iterator[Launch]:
-    """A run to send signals to; nothing of it survives the block."""
-    launch = Launch(knobs, **how)
-    try:
-        yield launch
-    finally:
-        launch.kill()
+        futures = {name: pool.submit(job) for name, job in jobs.items()}
+        return {name: future.result() for name, future in futures.items()}
