@@ -1760,7 +1760,7 @@ class Meter:
 
     def add(self, losses: Tensor, n_tokens: int, n_bytes: int) -> None:
         """losses: nats of `n_tokens` targets that stand for `n_bytes` bytes."""
-        self.nats += losses.detach().double().sum()
+        self.nats += losses.detach().double().sum().to(self.nats.device)
         self.tokens += n_tokens
         self.bytes += n_bytes
 
