@@ -176,7 +176,7 @@ class Config:
     beta2: float = 0.95                  # AdamW
     adam_eps: float = 1e-8               # AdamW
     grad_clip_norm: float = 0.3          # norm of the whole gradient, averaged over ranks; 0: no clipping
-    ema_decay: float = 0.9965            # cap of the weight average's decay; it spans the last 1/18 of the steps done
+    ema_decay: float = 0.9965            # cap of the weight average's decay, which grows with the steps done
 
     # Quantization and packing
     compressor: str = "brotli"           # brotli, lzma or zstd
@@ -331,7 +331,7 @@ def config_rules(c: Config) -> list[tuple[bool, str]]:
         attn_out_gate_src=("proj", "q"), compressor=tuple(COMPRESSORS), ttt_optimizer=("adam", "sgd"),
         from_stage=("", *STAGES[1:]),
     )  # fmt: skip
-    rules = [
+    named = [
         (getattr(c, k) not in allowed, f"{k.upper()}={getattr(c, k)!r}: choose one of {', '.join(a for a in allowed if a)}")
         for k, allowed in choices.items()
     ]
@@ -339,11 +339,11 @@ def config_rules(c: Config) -> list[tuple[bool, str]]:
                 "num_kv_heads vocab_size ttt_chunk_size ttt_eval_seq_len ttt_batch_size ttt_lora_rank ttt_grad_steps "
                 "phased_ttt_num_phases gptq_calibration_batches global_ttt_chunk_tokens global_ttt_batch_seqs "
                 "global_ttt_epochs logit_softcap mlp_mult rope_dims gate_window muon_backend_steps").split()  # fmt: skip
-    rules += [(getattr(c, k) <= 0, f"{k.upper()} must be above 0, not {getattr(c, k)}") for k in positive]
-    if any(bad for bad, _ in rules):
-        return rules  # the rules below divide by these
+    signs = [(getattr(c, k) <= 0, f"{k.upper()} must be above 0, not {getattr(c, k)}") for k in positive]
+    if any(bad for bad, _ in signs):
+        return named + signs  # the rules below divide by these
     in_lanes = c.num_loops > 0 and 0 < c.parallel_start_layer <= c.loop_end
-    return rules + [
+    return named + [
         (not c.tie_embeddings, "TIE_EMBEDDINGS=0: an untied head has no optimizer and does not fit; set it to 1"),
         (c.train_batch_tokens % MICRO_STEPS != 0, f"TRAIN_BATCH_TOKENS must be divisible by {MICRO_STEPS}"),
         (c.micro_batch_tokens < c.train_seq_len, "TRAIN_BATCH_TOKENS / 8 must be at least TRAIN_SEQ_LEN"),
@@ -1442,8 +1442,8 @@ class GPT(nn.Module):
         """Compiles a block of either kind once; all layers share the graph because a block is a pure function."""
         self.kernels = kernels
         wrap = torch.compile if kernels.compiled else lambda f, **_: f
-        # Modes (training, scoring, adapters, base learning) times the shapes seen before a size becomes symbolic.
-        torch._dynamo.config.recompile_limit = 64
+        if kernels.compiled:  # modes (training, scoring, adapters, base learning) times shapes before sizes are symbolic
+            torch._dynamo.config.recompile_limit = 64
         # Training has one shape and gets a graph of its own; the windows of test-time training have many, and the second
         # shape that appears makes the sizes that differ symbolic.
         parts = (serial_block, two_lane_block, merge_skip, softcapped_loss)
@@ -1716,8 +1716,8 @@ class Optimizer:
 class WeightAverage:
     """Exponential moving average of all weights, in float32.
 
-    The decay grows as (1 + t) / (18 + t) up to EMA_DECAY: the average spans the last 1/18 of the steps done, which at the
-    record's 4,850 steps is its 0.9965, and a short run does not average in its beginning.
+    After t steps it spans 1 + (t / 288)^2 steps, at most 1 / (1 - EMA_DECAY): the record's 285 at the record's 4,850 steps,
+    two at 300, where the loss falls so fast that any longer average lags behind the weights.
     """
 
     def __init__(self, model: GPT, decay: float):
@@ -1729,8 +1729,8 @@ class WeightAverage:
     @torch.no_grad()
     def update(self) -> None:
         self.steps += 1
-        decay = min(self.decay, (1 + self.steps) / (18 + self.steps))
-        torch._foreach_lerp_(self.values, [p.float() for p in self.params], 1 - decay)
+        weight = max(1 - self.decay, 1 / (1 + (self.steps / 288) ** 2))
+        torch._foreach_lerp_(self.values, [p.float() for p in self.params], weight)
 
     def state_dict(self) -> dict[str, Tensor]:
         return dict(zip(self.names, self.values, strict=True))
@@ -1811,6 +1811,8 @@ def evaluate(model: GPT, val: ValidationSet, cfg: Config, run: Run, label: str) 
             run.progress(f"evaluating {label}", r + 1, n_rows, began)
     total = meter.reduced(run)
     total.expect(val.n_targets, val.n_bytes)
+    if not math.isfinite(total.loss):
+        raise Stop(f"the validation loss is {total.loss} ({label}): lower the learning rates or look at the data")
     seconds = time.monotonic() - began
     run.metric("eval", label=label, loss=total.loss, bpb=total.bpb, tokens=total.tokens, bytes=total.bytes, seconds=seconds)
     if not label.startswith("step "):
@@ -2155,8 +2157,8 @@ def log_categories(coded: Mapping[str, Coded], run: Run) -> None:
 # --------------------------------------------------------------------------------------------------------------------
 # 11. PACKING: the artifact and the submission, the two files that count
 # --------------------------------------------------------------------------------------------------------------------
-# An artifact is MAGIC, the length of the header (uint32), the header (deflated JSON) and the payload: compressed sections
-# of raw little-endian buffers. No pickle: reading a stranger's artifact can only fail, not run anything.
+# An artifact is MAGIC, the SHA-256 of what follows, the length of the header (uint32), the header (deflated JSON) and the
+# payload: compressed pieces of raw little-endian buffers. No pickle: reading a stranger's artifact can only fail, not run anything.
 MAGIC = b"GOLF\x01"
 PIECE = 1 << 20  # a section is compressed in pieces of this many bytes, side by side: 1/15 of the time, 0.002 % larger
 HEADER_LIMIT, RAW_LIMIT = 1 << 20, 1 << 30  # bytes that a header, and all sections together, may unpack to
@@ -2204,9 +2206,13 @@ def _unzstd(data: bytes, size: int) -> bytes:
     return zstandard.ZstdDecompressor().stream_reader(io.BytesIO(data)).read(size + 1)
 
 
+def _unlzma(data: bytes, size: int) -> bytes:
+    return lzma.LZMADecompressor(memlimit=1 << 28).decompress(data, size + 1)
+
+
 COMPRESSORS: dict[str, tuple[Callable[[bytes], bytes], Callable[[bytes, int], bytes]]] = {
     "brotli": (_brotli, _unbrotli),
-    "lzma": (lambda d: lzma.compress(d, preset=9 | lzma.PRESET_EXTREME), lambda d, n: lzma.LZMADecompressor().decompress(d, n + 1)),
+    "lzma": (lambda d: lzma.compress(d, preset=9 | lzma.PRESET_EXTREME), _unlzma),
     "zstd": (_zstd, _unzstd),
 }  # fmt: skip
 
@@ -2255,34 +2261,31 @@ def pack(coded: Mapping[str, Coded], looped: bool, cfg: Config) -> bytes:
         "config": {k: getattr(cfg, k) for k in MODEL_FIELDS if getattr(cfg, k) != getattr(defaults, k)},
         "tensors": [[n, c.kind, c.bits, list((c.codes if c.values is None else c.values).shape)] for n, c in coded.items()],
         "pieces": [len(p) for p in packed],
-        "sha256": hashlib.sha256(payload).hexdigest(),
     }
     text = zlib.compress(json.dumps(header, separators=(",", ":")).encode(), 9)
-    return MAGIC + len(text).to_bytes(4, "little") + text + payload
+    body = len(text).to_bytes(4, "little") + text + payload
+    return MAGIC + hashlib.sha256(body).digest() + body
 
 
 def read_header(blob: bytes) -> tuple[dict[str, Any], bytes]:
     """Header and payload of an artifact, checked. Raises ArtifactError."""
     if blob[: len(MAGIC)] != MAGIC:
         raise ArtifactError("not an artifact of this program (or of another version of it)")
-    at = len(MAGIC) + 4
-    size = int.from_bytes(blob[len(MAGIC) : at], "little")
+    digest, body = blob[len(MAGIC) :][:32], blob[len(MAGIC) + 32 :]
+    if hashlib.sha256(body).digest() != digest:
+        raise ArtifactError("it is damaged or cut short (checksum): copy the file again")
+    size = 4 + int.from_bytes(body[:4], "little")
     try:
         inflate = zlib.decompressobj()
-        header = json.loads(inflate.decompress(blob[at : at + size], HEADER_LIMIT))
-        compressor, tensors, pieces = header["compressor"], header["tensors"], header["pieces"]
-        looped, config, digest = header["looped"], header["config"], header["sha256"]
+        header = json.loads(inflate.decompress(body[4:size], HEADER_LIMIT))
+        right = inflate.eof and header["compressor"] in list(COMPRESSORS) and isinstance(header["looped"], bool)
+        right = right and isinstance(header["config"], dict) and isinstance(header["tensors"], list)
+        right = right and all(isinstance(n, int) and n >= 0 for n in header["pieces"])
     except (zlib.error, ValueError, KeyError, TypeError, RecursionError):
-        raise ArtifactError("the artifact's header is damaged: copy the file again") from None
-    typed = isinstance(looped, bool) and isinstance(config, dict) and isinstance(tensors, list)
-    if not inflate.eof or not typed or compressor not in COMPRESSORS:
-        raise ArtifactError("the artifact's header is damaged: copy the file again")
-    if not isinstance(pieces, list) or not all(isinstance(n, int) and n >= 0 for n in pieces):
-        raise ArtifactError("the artifact's header lists impossible sizes")
-    payload = blob[at + size :]
-    if hashlib.sha256(payload).hexdigest() != digest or sum(pieces) != len(payload):
-        raise ArtifactError("the artifact's payload is damaged or cut short (checksum): copy the file again")
-    return header, payload
+        right = False
+    if not right or sum(header["pieces"]) != len(body) - size:
+        raise ArtifactError("its header makes no sense")
+    return header, body[size:]
 
 
 def _tensor_layout(header: dict[str, Any]) -> list[tuple[str, str, int, list[int], list[tuple[str, np.dtype, tuple]]]]:
@@ -2296,14 +2299,14 @@ def _tensor_layout(header: dict[str, Any]) -> list[tuple[str, str, int, list[int
         except (TypeError, ValueError):
             valid = False
         if not valid or (kind != "float16" and len(shape) != 2):
-            raise ArtifactError(f"the artifact describes an impossible tensor: {str(entry)[:80]}")
+            raise ArtifactError(f"it describes an impossible tensor: {str(entry)[:80]}")
         section = section_of(name, Coded(kind, bits, None, None, None))
         buffers = [("float16", np.dtype("<f2"), tuple(shape))]
         if kind != "float16":
             buffers = [(section, np.dtype("i1"), tuple(shape)), ("float16", np.dtype("<f2"), (shape[0],))]
         total += sum(d.itemsize * math.prod(s) for _, d, s in buffers)
         if total > RAW_LIMIT:
-            raise ArtifactError(f"the artifact would unpack to more than {RAW_LIMIT >> 20} MiB")
+            raise ArtifactError(f"it would unpack to more than {RAW_LIMIT >> 20} MiB")
         rows.append((name, kind, bits, shape, buffers))
     return rows
 
@@ -2325,7 +2328,7 @@ def unpack(blob: bytes) -> tuple[dict[str, Tensor], bool, dict[str, Any]]:
             at += n
         streams[section] = io.BytesIO(unshuffle_bytes(bytes(raw)) if section == "float16" else bytes(raw))
     if at != len(payload) or next(lengths, None) is not None:
-        raise ArtifactError("the artifact holds more than its tensors need")
+        raise ArtifactError("it holds more than its tensors need")
     flat = {}
     for name, kind, bits, _, buffers in layout:
         parts = [torch.from_numpy(np.frombuffer(streams[s].read(d.itemsize * math.prod(n)), d).reshape(n).copy())
@@ -2334,7 +2337,7 @@ def unpack(blob: bytes) -> tuple[dict[str, Tensor], bool, dict[str, Any]]:
     try:
         return rebank(flat), header["looped"], header["config"]
     except (KeyError, RuntimeError):
-        raise ArtifactError("the artifact lacks a matrix of some layer") from None
+        raise ArtifactError("it lacks a matrix of some layer") from None
 
 
 def _section_sizes(layout: Iterable[tuple]) -> dict[str, int]:
@@ -2350,9 +2353,9 @@ def _piece(data: bytes, size: int, section: str, compressor: str) -> bytes:
     try:
         raw = COMPRESSORS[compressor][1](data, size)
     except Exception as e:  # each compressor has error classes of its own
-        raise ArtifactError(f"the artifact's section {section} does not decompress: {e}") from None
+        raise ArtifactError(f"its section {section} does not decompress: {e}") from None
     if len(raw) != size:
-        raise ArtifactError(f"a piece of the artifact's section {section} has {len(raw)} bytes instead of {size}")
+        raise ArtifactError(f"a piece of its section {section} has {len(raw)} bytes instead of {size}")
     return raw
 
 
@@ -2819,7 +2822,6 @@ def train_stage(cfg: Config, run: Run, val: ValidationSet, result: dict[str, Any
     reserved = torch.cuda.max_memory_reserved() >> 20 if run.device.type == "cuda" else run.peak_memory_mib()
     run.log(f"peak memory allocated: {run.peak_memory_mib()} MiB reserved: {reserved} MiB")
     result.update(steps=progress.step, train_seconds=progress.seconds, looped=progress.looped)
-    # The weights are safe on disk before anything else may fail.
     numbers = {k: result[k] for k in ("steps", "train_seconds", "looped")}
     state = {"fingerprint": shape_fingerprint(cfg), "model": model.state_dict(), **numbers}
     run.save("01_weights.pt", lambda f: torch.save(state, f))
@@ -2918,11 +2920,15 @@ def model_from_artifact(cfg: Config, run: Run, blob: bytes) -> GPT:
     try:
         state, looped, settings = unpack(blob)
         if set(settings) - set(MODEL_FIELDS):
-            raise ArtifactError("the artifact's settings are not those of a model")
+            raise ArtifactError("its settings are not those of a model")
         shape = {k: getattr(Config(), k) for k in MODEL_FIELDS} | settings
         mine = replace(cfg, **shape)
+        if broken := [sentence for bad, sentence in config_rules(mine) if bad]:
+            raise ArtifactError(f"its settings cannot work: {broken[0]}")
+        if sum(state[k].numel() for k in state) < estimated_parameters(mine):
+            raise ArtifactError("it holds fewer weights than its settings need")
         if mine.vocab_size != cfg.vocab_size:
-            raise ArtifactError(f"the artifact has a vocabulary of {mine.vocab_size}: set VOCAB_SIZE and a tokenizer to match")
+            raise ArtifactError(f"it has a vocabulary of {mine.vocab_size}: set VOCAB_SIZE and a tokenizer to match")
         model = new_model(mine, run)
         model.load_state_dict(state)
     except (ArtifactError, RuntimeError, TypeError, ValueError) as e:
