@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import sentencepiece
+from forked_run import Fork
 from support import ROOT, TOKENIZER, write_shard
 
 import prepare_caseops_data
@@ -127,7 +128,7 @@ class Finished:
 
 
 # The same program, whose submission holds its plain text: minifying takes 3 s, and a few runs have tested it.
-UNMINIFIED = "import sys, train_gpt; train_gpt.minify = lambda source: source; sys.exit(train_gpt.main())"
+UNMINIFIED = dict(code="import sys, train_gpt; train_gpt.minify = lambda source: source; sys.exit(train_gpt.main())")
 
 
 def environment(knobs: dict[str, Any]) -> dict[str, str]:
@@ -147,29 +148,31 @@ class Launch:
     """The processes of one run, each with its output in a file: a full pipe would block it."""
 
     def __init__(
-        self, knobs: dict[str, Any], *, world: int = 1, torchrun: bool = False, code: str = "", script: Path = SCRIPT,
-        cwd: Path = ROOT,
+        self, knobs: dict[str, Any], *, world: int = 1, torchrun: bool = False, fresh: bool = False, code: str = "",
+        script: Path = SCRIPT, cwd: Path = ROOT,
     ) -> None:  # fmt: skip
-        """world: processes, started one by one, or by torchrun. code: runs this Python text instead of the script."""
+        """world: processes, started one by one, or by torchrun. code: Python text to run instead of the script.
+
+        fresh: as a user starts it, with a new interpreter. Otherwise a fork, which does the same in less time.
+        """
         self.folder = Path(knobs["RUN_DIR"])
         self.outputs: list[Path] = []
-        self.processes: list[subprocess.Popen[bytes]] = []
-        command = [sys.executable, *(["-c", code] if code else [str(script)])]
-        if torchrun:
-            launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}"]
-            command[1:1] = launcher
-        knobs = ({"PYTHONPATH": ROOT} if code else {}) | knobs
+        self.processes: list[subprocess.Popen[bytes] | Fork] = []
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}"] if torchrun else []
+        command = [sys.executable, *launcher, str(script)] if fresh or torchrun else []
         port = free_port()
         for rank in range(1 if torchrun else world):
             place = {} if world == 1 or torchrun else dict(
                 RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=world, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)  # fmt: skip
-            self._start(command, environment(knobs | place), cwd)
-
-    def _start(self, command: list[str], env: dict[str, str], cwd: Path) -> None:
-        handle, name = tempfile.mkstemp(suffix=".txt")
-        self.outputs.append(Path(name))
-        with open(handle, "wb") as file:
-            self.processes.append(subprocess.Popen(command, env=env, cwd=cwd, stdout=file, stderr=subprocess.STDOUT))
+            env = environment(knobs | place)
+            handle, name = tempfile.mkstemp(suffix=".txt")
+            self.outputs.append(Path(name))
+            with open(handle, "wb") as file:
+                if command:
+                    process = subprocess.Popen(command, env=env, cwd=cwd, stdout=file, stderr=subprocess.STDOUT)
+                else:
+                    process = Fork(code, script, env, cwd, Path(name))
+            self.processes.append(process)
 
     def printed(self) -> str:
         return "\n".join(o.read_text(errors="replace") for o in self.outputs)
@@ -208,9 +211,9 @@ class Launch:
             output.unlink()
 
 
-def run(folder: Path, data: Path, *, world: int = 1, torchrun: bool = False, code: str = "", **knobs: Any) -> Finished:
-    """One run of the tiny configuration from start to end; `knobs` come on top of it."""
-    with Launch(tiny(folder, data, **knobs), world=world, torchrun=torchrun, code=code) as launch:
+def run(folder: Path, data: Path, how: dict[str, Any] | None = None, **knobs: Any) -> Finished:
+    """One run of the tiny configuration from start to end; `knobs` come on top of it. how: arguments of Launch."""
+    with Launch(tiny(folder, data, **knobs), **(how or {})) as launch:
         return launch.finish()
 
 

@@ -42,7 +42,7 @@ train_gpt.write_atomically = half
 sys.exit(train_gpt.main())
 """
 
-TINY_LIMIT = "import train_gpt; train_gpt.ARTIFACT_LIMIT = 1000; " + UNMINIFIED
+TINY_LIMIT = "import train_gpt; train_gpt.ARTIFACT_LIMIT = 1000; " + UNMINIFIED["code"]
 
 # An interpreter in which some installed packages cannot be found.
 HIDING = """
@@ -80,8 +80,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
 def trained(place: Place) -> dict[str, Finished]:
     """All stages with one process, and with two under torchrun."""
     return together({
-        "one": lambda: run(place.root / "one", place.data, SAVE_PRE_GPTQ=1),
-        "two": lambda: run(place.root / "two", place.data, world=2, torchrun=True),
+        "one": lambda: run(place.root / "one", place.data, dict(fresh=True), SAVE_PRE_GPTQ=1),
+        "two": lambda: run(place.root / "two", place.data, dict(world=2, torchrun=True)),
     })  # fmt: skip
 
 
@@ -249,10 +249,10 @@ def rescored(place: Place, full: Finished) -> dict[str, Finished]:
     artifact = full.folder / ARTIFACT_NAME
     score = partial(run, EVAL_ONLY_ARTIFACT=artifact)
     return together({
-        "four": lambda: score(place.root / "score4", place.val_only, world=4),
-        "two": lambda: score(place.root / "score2", place.val_only, world=2),
+        "four": lambda: score(place.root / "score4", place.val_only, dict(world=4)),
+        "two": lambda: score(place.root / "score2", place.val_only, dict(world=2)),
         "one document": lambda: score(place.root / "document1", place.one_document),
-        "one document, two": lambda: score(place.root / "document2", place.one_document, world=2),
+        "one document, two": lambda: score(place.root / "document2", place.one_document, dict(world=2)),
     })  # fmt: skip
 
 
@@ -280,30 +280,30 @@ def variants(place: Place, full: Finished) -> dict[str, Finished]:
     def stage(name: str, *files: str, **knobs: Any) -> Finished:
         data = place.data if name == "calibrate" else place.val_only
         folder = folder_with(full, place.root / f"from_{name}_{knobs.get('COMPRESSOR', '')}", *files)
-        return run(folder, data, code="" if name == "pack" else UNMINIFIED, FROM_STAGE=name, **knobs)
+        return run(folder, data, {} if name == "pack" else UNMINIFIED, FROM_STAGE=name, **knobs)
 
     def checkpoint() -> Finished:
         path = folder_with(full, place.root / "public", "final_model.pt") / "final_model.pt"
         knobs = dict(EVAL_ONLY_CHECKPOINT=path, TTT_ENABLED=0)
-        return run(place.root / "from_checkpoint", place.data, code=UNMINIFIED, **knobs)
+        return run(place.root / "from_checkpoint", place.data, UNMINIFIED, **knobs)
 
     def submission() -> Finished:
         """Only two files, another working directory, and no knob that says what the model is."""
         home = shutil.copytree(full.folder / "submission", place.root / "elsewhere")
         knobs = {k: v for k, v in tiny(place.root / "submitted", place.val_only).items() if k not in NOT_FOR_SCORING}
         knobs |= {"EVAL_ONLY_ARTIFACT": home / ARTIFACT_NAME, "PYTHONPATH": ""}
-        with Launch(knobs, script=home / "train_gpt.py", cwd=place.one_document) as launch:
+        with Launch(knobs, fresh=True, script=home / "train_gpt.py", cwd=place.one_document) as launch:
             return launch.finish()
 
     def too_large() -> Finished:
         folder = folder_with(full, place.root / "too_large", "03_coded.pt")
-        return run(folder, place.val_only, code=TINY_LIMIT, FROM_STAGE="pack", TTT_ENABLED=0)
+        return run(folder, place.val_only, dict(code=TINY_LIMIT), FROM_STAGE="pack", TTT_ENABLED=0)
 
     def unlooped() -> Finished:
         """Stopped by the clock, before the loop would begin."""
         knobs = dict(ENABLE_LOOPING_AT=2, ITERATIONS=100_000, MAX_WALLCLOCK_SECONDS=5, GPTQ_RESERVE_SECONDS=3)
         knobs |= dict(VAL_LOSS_EVERY=0, PHASED_TTT_PREFIX_DOCS=1)
-        return run(place.root / "unlooped", place.data, code=UNMINIFIED, **knobs)
+        return run(place.root / "unlooped", place.data, UNMINIFIED, **knobs)
 
     return together({
         "unlooped": unlooped,
@@ -421,24 +421,19 @@ class Stopped(NamedTuple):
     """A run that a signal ended, and the one that went on from there for two more steps."""
 
     first: Finished
-    second: Finished | None
+    second: Finished
 
 
 def stop_and_resume(place: Place, number: signal.Signals, world: int, resuming: int) -> Stopped:
-    """With several processes torchrun gets the signal, as from a job scheduler, and passes it on.
-
-    Then `resuming` processes go on (0: nobody does).
-    """
+    """With several processes torchrun gets the signal, as from a job scheduler, and passes it on."""
     folder = place.root / f"stopped{world}{number.name}"
-    with Launch(tiny(folder, place.data, **ENDLESS), world=world, torchrun=world > 1) as launch:
+    with Launch(tiny(folder, place.data, **ENDLESS), fresh=True, world=world, torchrun=world > 1) as launch:
         launch.wait_for(r"(?m)^3/100000 train_loss")
         launch.processes[0].send_signal(number)
         first = launch.finish()
-    if not resuming:
-        return Stopped(first, None)
     step = int((re.findall(r"at step (\d+)", first.output) or ["0"])[-1])
     knobs = ENDLESS | {"ITERATIONS": step + 2, "RESUME": 1}
-    return Stopped(first, run(folder, place.data, world=resuming, code=UNMINIFIED, **knobs))
+    return Stopped(first, run(folder, place.data, UNMINIFIED | {"world": resuming}, **knobs))
 
 
 def stop_scoring(place: Place, full: Finished) -> Finished:
@@ -459,13 +454,13 @@ class Killed(NamedTuple):
 
 def kill_and_resume(place: Place) -> Killed:
     folder, copy = place.root / "killed", place.root / "poisoned"
-    first = run(folder, place.data, code=KILLED, CHECKPOINT_EVERY=3)
+    first = run(folder, place.data, dict(code=KILLED), CHECKPOINT_EVERY=3)
     assert not (folder / "01_weights.pt").exists()
     state = loaded(folder / "checkpoint.pt")
     state["model"]["tok_emb.weight"][5:] = math.nan
     copy.mkdir()
     torch.save(state, copy / "checkpoint.pt")
-    second = run(folder, place.data, code=UNMINIFIED, RESUME=1, CHECKPOINT_EVERY=3, TTT_ENABLED=0)
+    second = run(folder, place.data, UNMINIFIED, RESUME=1, CHECKPOINT_EVERY=3, TTT_ENABLED=0)
     return Killed(first, second, run(copy, place.data, RESUME=1, VAL_LOSS_EVERY=0))
 
 
@@ -476,10 +471,11 @@ def ended(place: Place, full: Finished) -> dict[str, Any]:
         "kill": lambda: kill_and_resume(place),
         "SIGTERM 2": lambda: stop_and_resume(place, signal.SIGTERM, 2, resuming=2),
         "SIGINT 2": lambda: stop_and_resume(place, signal.SIGINT, 2, resuming=1),
-        "SIGTERM 1": lambda: stop_and_resume(place, signal.SIGTERM, 1, resuming=0),
+        "SIGTERM 1": lambda: stop_and_resume(place, signal.SIGTERM, 1, resuming=2),
         "SIGINT 1": lambda: stop_and_resume(place, signal.SIGINT, 1, resuming=1),
         "scoring": lambda: stop_scoring(place, full),
-        "nan 2": lambda: run(place.root / "nan2", place.data, world=2, **EXPLODING),
+        "nan 1": lambda: run(place.root / "nan1", place.data, **EXPLODING),
+        "nan 2": lambda: run(place.root / "nan2", place.data, dict(world=2), **EXPLODING),
         "nan at last": lambda: run(place.root / "nan_at_last", place.data, ITERATIONS=1, **EXPLODING),
     })  # fmt: skip
 
@@ -514,8 +510,6 @@ def test_a_stopped_run_can_go_on(ended: dict[str, Any], number: signal.Signals, 
     else:
         assert stopped.code != 0
     assert loaded(stopped.folder / "checkpoint.pt")["progress"]["step"] == step
-    if resumed is None:
-        return
     resumed.ok()
     assert re.search(rf"resuming from .*checkpoint\.pt at step {step} ", resumed.output)
     losses = {int(i): float(x) for i, x in re.findall(r"(?m)^(\d+)/\d+ train_loss: (\S+)", resumed.output)}
@@ -530,9 +524,10 @@ def test_a_signal_while_scoring_ends_the_run(ended: dict[str, Any]) -> None:
     assert not SENTENCE.search(scoring.output), scoring.output
 
 
-def test_nan_stops_every_process_with_the_step(ended: dict[str, Any]) -> None:
+@pytest.mark.parametrize("world", [1, 2])
+def test_nan_stops_every_process_with_the_step(ended: dict[str, Any], world: int) -> None:
     """The matrices blow up in the first step, so that the loss of the second is not a number."""
-    nan = ended["nan 2"]
+    nan = ended[f"nan {world}"]
     assert nan.code == 1
     assert re.search(r"^the training loss is (nan|inf) at step 2: .*; there is no checkpoint yet$", nan.output, re.M)
     assert not SENTENCE.search(nan.output), nan.output
@@ -552,7 +547,7 @@ def test_weights_that_blow_up_in_the_last_step_are_not_saved(ended: dict[str, An
     """The loss of that step is still a number."""
     nan = ended["nan at last"]
     assert nan.code == 1
-    assert re.search(r"^.* at step 1: .*; there is no checkpoint yet$", nan.output, re.M)
+    assert re.search(r"^the validation loss is nan \(step 1\): lower the learning rates", nan.output, re.M)
     assert not SENTENCE.search(nan.output), nan.output
     assert not (nan.folder / "01_weights.pt").exists()
 
@@ -579,10 +574,10 @@ def refused(place: Place, full: Finished) -> dict[str, Finished]:
     packages = {"PYTHONPATH": hiding, "HIDDEN_PACKAGES": "brotli,python_minifier,zstandard,sentencepiece"}
     return together({
         "data": lambda: run(root / "data", broken, TOKENIZER_PATH=root / "absent.model", TRAIN_BATCH_TOKENS=16_384),
-        "three": lambda: run(root / "three", place.data, world=3),
+        "three": lambda: run(root / "three", place.data, dict(world=3)),
         "knobs": lambda: run(root / "knobs", place.data, MATRIX_LRR="0.1", NUM_HEADS=3, MATRIX_BITS=9),
         "folder": lambda: run(root / "file" / "below", place.data),
-        "packages": lambda: run(root / "packages", place.data, COMPRESSOR="zstd", **packages),
+        "packages": lambda: run(root / "packages", place.data, dict(fresh=True), COMPRESSOR="zstd", **packages),
         "no data": lambda: run(root / "no_data", root / "hiding", VOCAB_SIZE=4096),
         "other model": lambda: run(
             weights("other_model"), place.data, FROM_STAGE="calibrate", MLP_MULT=3, LOOP_END=2),
