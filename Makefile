@@ -20,7 +20,7 @@ DEMO := data/demo
 DEMO_DATASET := $(DEMO)/datasets/fineweb10B_sp8192_lossless_caps_caseops_v1_reserved
 DEMO_VAL_DOCS ?= 40
 
-.PHONY: help setup demo test lint size bench clean
+.PHONY: help setup demo test lint size bench readme clean
 
 help:  ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-6s %s\n", $$1, $$2}' Makefile
@@ -44,6 +44,9 @@ size: $(RUN_READY)  ## bytes of the submission by part
 bench: $(RUN_READY)  ## throughput of the codec, of data preparation and of training
 	@for script in bench/bench_text.py bench/throughput.py; do \
 	  if [ -e $$script ]; then echo "== $$script"; $(PY) $$script; fi; done
+
+readme: $(DEV_READY)  ## write the knobs table of the README from the manual
+	@PYTHONPATH=. $(PY) tests/test_readme.py
 
 clean:  ## remove .venv, caches and the demo's output; records and other runs stay
 	rm -rf $(VENV) $(DEMO) runs/demo .pytest_cache .ruff_cache .hypothesis
