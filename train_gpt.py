@@ -463,10 +463,10 @@ class Run:
             with open(self.folder / "metrics.jsonl", "a") as f:
                 f.write(json.dumps(row) + "\n")
 
-    def progress(self, what: str, done: float, total: float, since: float) -> None:
-        """At most one line every two seconds, with the time that is left at the speed so far."""
+    def progress(self, what: str, done: float, total: float, since: float, every: float = 2) -> None:
+        """At most one line in `every` seconds, with the time that is left at the speed since `since`."""
         now = time.monotonic()
-        if now - self._progress_at < 2 or done <= 0:
+        if now - max(self._progress_at, since) < every or done <= 0:
             return
         self._progress_at = now
         left = (now - since) * (total - done) / done
@@ -1959,16 +1959,46 @@ def load_checkpoint(cfg: Config, run: Run, model: GPT, optimizer: Optimizer, ave
     return progress
 
 
-def require_finite(loss: Tensor | None, step: int, run: Run) -> None:
-    """The averaged loss is the same number everywhere, so every rank stops or none does."""
-    if loss is not None and not math.isfinite(loss.item()):
-        stop_at_nan(f"the training loss is {loss.item()}", step, run)
-
-
 def stop_at_nan(what: str, step: int, run: Run) -> None:
     path = run.folder / "checkpoint.pt"
     last = f"the last checkpoint is {path}, continue with RESUME=1" if path.exists() else "there is no checkpoint yet"
     raise Stop(f"{what} at step {step}: lower the learning rates or look at the data; {last}")
+
+
+class TrainLog:
+    """Every step's loss in metrics.jsonl, some in the log; stops the run when one is not finite.
+
+    A loss is read after the next step has been sent, so that the host does not wait for the GPU. It is averaged over
+    the ranks, the same number everywhere: every rank stops or none does.
+    """
+
+    def __init__(self, cfg: Config, run: Run, watch: Stopwatch):
+        self.cfg, self.run, self.watch, self.began = cfg, run, watch, time.monotonic()
+        self.pending: tuple[Tensor, dict[str, Any]] | None = None
+
+    def add(self, progress: Progress, loss: Tensor, lr_mul: float) -> None:
+        self.settle()
+        cfg, step, seconds = self.cfg, progress.step, self.watch.seconds()
+        tokens = step * cfg.train_batch_tokens
+        self.pending = loss, dict(step=step, lr_mul=lr_mul, train_s=seconds, tokens=tokens, looped=progress.looped)
+        if step <= 5 or (cfg.train_log_every > 0 and step % cfg.train_log_every == 0) or step == cfg.iterations:
+            line = f"train_loss: {self.settle():.4f} train_time: {seconds / 60:.1f}m tok/s: {tokens / seconds:.0f}"
+            self.run.log(f"{step}/{cfg.iterations} {line}")
+        self.run.progress("training", *self._share(progress), self.began, every=20)
+
+    def _share(self, progress: Progress) -> tuple[float, float]:
+        return training_fraction(self.cfg, progress.step, self.watch.seconds()), 1.0
+
+    def settle(self) -> float:
+        """The latest loss, checked and written."""
+        if self.pending is None:
+            return math.nan
+        loss, row = self.pending
+        self.pending, value = None, loss.item()
+        if not math.isfinite(value):
+            stop_at_nan(f"the training loss is {value}", row["step"], self.run)
+        self.run.metric("train", loss=value, **row)
+        return value
 
 
 def train(cfg: Config, run: Run, model: GPT, val: ValidationSet) -> Progress:
@@ -1979,7 +2009,8 @@ def train(cfg: Config, run: Run, model: GPT, val: ValidationSet) -> Progress:
     loader = TrainLoader(cfg, run, progress.step)
     run.sync()
     run.barrier()
-    watch, loss = Stopwatch(progress.seconds), None
+    watch = Stopwatch(progress.seconds)
+    log = TrainLog(cfg, run, watch)
     while True:
         # Every rank follows the clock of rank 0, so schedules and the loop's onset agree to the step.
         progress.seconds, stop = run.agree(watch.seconds() if run.main else 0.0, run.stop_signal)
@@ -1987,12 +2018,12 @@ def train(cfg: Config, run: Run, model: GPT, val: ValidationSet) -> Progress:
         done = step >= cfg.iterations or (cfg.max_wallclock_seconds > 0 and fraction >= 1)
         if done or (cfg.val_loss_every > 0 and step % cfg.val_loss_every == 0):
             with watch.paused(run):
-                require_finite(loss, step, run)
+                log.settle()
                 score = evaluate(model, val, cfg, run, f"step {step}")
                 run.log(f"{step}/{cfg.iterations} val_loss: {score.loss:.4f} val_bpb: {score.bpb:.4f}")
         due = cfg.checkpoint_every > 0 and step > 0 and step % cfg.checkpoint_every == 0
         if stop or (due and not done):
-            require_finite(loss, step, run)
+            log.settle()
             save_checkpoint(run, model, optimizer, average, progress)
         if stop:
             name = signal.Signals(int(stop)).name
@@ -2003,11 +2034,10 @@ def train(cfg: Config, run: Run, model: GPT, val: ValidationSet) -> Progress:
             model.looped = progress.looped = True
             run.log(f"layer_loop:enabled step:{step} frac:{fraction:.3f} {describe_plan(model.plan)}")
         lr_mul = lr_multiplier(cfg, fraction)
-        previous, loss = loss, run.sum(train_step(model, optimizer, loader, lr_mul, muon_momentum(cfg, step)))
+        loss = run.sum(train_step(model, optimizer, loader, lr_mul, muon_momentum(cfg, step)))
         average.update()
         progress.step += 1
-        require_finite(previous, step, run)  # one step late, so that the host never waits for the step it has just sent
-        log_train(cfg, run, progress, watch, loss, lr_mul)
+        log.add(progress, loss, lr_mul)
     loader.close()
     run.sync()
     if progress.step < cfg.iterations:
@@ -2018,16 +2048,6 @@ def train(cfg: Config, run: Run, model: GPT, val: ValidationSet) -> Progress:
     average.apply()
     require_finite_weights(model, progress.step, run)
     return progress
-
-
-def log_train(cfg: Config, run: Run, progress: Progress, watch: Stopwatch, loss: Tensor, lr_mul: float) -> None:
-    step = progress.step
-    if not (step <= 5 or (cfg.train_log_every > 0 and step % cfg.train_log_every == 0) or step == cfg.iterations):
-        return
-    value, seconds, tokens = loss.item(), watch.seconds(), step * cfg.train_batch_tokens
-    rate = tokens / max(seconds, 1e-9)
-    run.log(f"{step}/{cfg.iterations} train_loss: {value:.4f} train_time: {seconds / 60:.1f}m tok/s: {rate:.0f}")
-    run.metric("train", step=step, loss=value, lr_mul=lr_mul, train_s=seconds, tokens=tokens, looped=progress.looped)
 
 
 # --------------------------------------------------------------------------------------------------------------------
