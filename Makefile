@@ -22,7 +22,7 @@ export GOMP_SPINCOUNT := 20000
 TOKENIZER := tokenizer/caseops_8192.model
 DEMO := data/demo
 DEMO_DATASET := $(DEMO)/datasets/fineweb10B_sp8192_lossless_caps_caseops_v1_reserved
-DEMO_VAL_DOCS ?= 40
+DEMO_VAL_DOCS ?= 24
 
 .PHONY: help setup demo test lint size bench readme clean
 

@@ -262,11 +262,11 @@ class Config:
 PRESETS: dict[str, dict[str, Any]] = {
     "demo": dict(
         num_layers=5, model_dim=96, num_heads=4, num_kv_heads=2, mlp_mult=3.0, loop_start=1, loop_end=2, num_loops=1,
-        parallel_start_layer=3, xsa_last_n=5, iterations=120, max_wallclock_seconds=0.0, train_batch_tokens=4096,
-        train_seq_len=512, eval_seq_len=512, val_batch_tokens=32768, val_loss_every=0, train_log_every=20,
+        parallel_start_layer=3, xsa_last_n=5, iterations=100, max_wallclock_seconds=0.0, train_batch_tokens=4096,
+        train_seq_len=512, eval_seq_len=512, val_batch_tokens=4096, val_loss_every=0, train_log_every=20,
         warmup_steps=1, checkpoint_every=40, muon_momentum_warmup_steps=60, gptq_calibration_batches=8,
         ttt_eval_seq_len=256, ttt_chunk_size=64, ttt_lora_rank=8, ttt_lora_lr=2e-3, ttt_batch_size=16,
-        phased_ttt_prefix_docs=12, global_ttt_chunk_tokens=4096,
+        phased_ttt_prefix_docs=6, global_ttt_chunk_tokens=2048,
     ),
 }  # fmt: skip
 
