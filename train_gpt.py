@@ -660,7 +660,7 @@ def data_problems(cfg: Config, needs_training_data: bool) -> Iterator[str]:
     if not val:
         yield f"no fineweb_val_*.bin in {cfg.shard_dir}: set DATA_PATH, or make shards with prepare_caseops_data.py"
     if cfg.caseops_enabled and len(sidecar) != len(val):
-        yield f"{len(val)} validation shards but {len(sidecar)} of fineweb_val_bytes_*.bin in {cfg.shard_dir}"
+        yield f"{len(val)} validation shards but {len(sidecar)} byte sidecars (val_bytes) in {cfg.shard_dir}"
     if needs_training_data and not train:
         yield f"no fineweb_train_*.bin in {cfg.shard_dir}: set DATA_PATH"
     sizes = {}
@@ -673,7 +673,8 @@ def data_problems(cfg: Config, needs_training_data: bool) -> Iterator[str]:
         if sizes.get(tokens) != sizes.get(counts):
             yield f"{counts} has {sizes.get(counts)} entries, {tokens} has {sizes.get(tokens)}: prepare both again"
     if needs_training_data and train and all(p not in sizes or usable_tokens(p) < cfg.step_tokens for p in train):
-        yield f"no training shard holds a step of {cfg.step_tokens} tokens: make larger ones"
+        need = f"a step of {cfg.step_tokens} tokens"
+        yield f"no training shard holds {need}: make larger ones or lower TRAIN_BATCH_TOKENS"
     yield from tokenizer_problems(cfg)
 
 
