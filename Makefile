@@ -45,9 +45,8 @@ lint: $(DEV_READY)  ## ruff over the whole folder
 size: $(RUN_READY)  ## bytes of the submission by part
 	@$(PY) train_gpt.py --size
 
-bench: $(RUN_READY)  ## throughput of the codec, of data preparation and of training
-	@for script in bench/bench_text.py bench/throughput.py; do \
-	  if [ -e $$script ]; then echo "== $$script"; $(PY) $$script; fi; done
+bench: $(RUN_READY)  ## throughput of the codec and of data preparation
+	@$(PY) bench/bench_text.py
 
 readme: $(DEV_READY)  ## write the knobs table of the README from the manual
 	@PYTHONPATH=. $(PY) tests/test_readme.py
