@@ -39,6 +39,7 @@ import contextlib
 import copy
 import difflib
 import fnmatch
+import functools
 import glob
 import hashlib
 import importlib.util
@@ -108,7 +109,6 @@ class Config:
     compute_dtype: str = "auto"          # activations: bfloat16 or float32; auto: bfloat16 on a GPU, float32 on a CPU
     kernels: str = "auto"                # auto: the fastest that runs here; spec: plain PyTorch everywhere
     attention: str = "auto"              # auto, fa3, fa4, varlen or sdpa
-    compile: str = "auto"                # torch.compile the blocks: auto (on a GPU), on or off
 
     # Data
     data_dir: str = "./data/"            # root of data sets and tokenizers
@@ -330,8 +330,7 @@ def config_rules(c: Config) -> list[tuple[bool, str]]:
     """(is it broken, what to do) for every setting that would fail late, be ignored or change the result silently."""
     choices = dict(
         device=("auto", "cuda", "cpu"), compute_dtype=("auto", "bfloat16", "float32"), kernels=("auto", "spec"),
-        attention=("auto", *ATTENTION_KINDS), compile=("auto", "on", "off"),
-        parallel_final_lane=("mean", "attn", "mlp"),
+        attention=("auto", *ATTENTION_KINDS), parallel_final_lane=("mean", "attn", "mlp"),
         attn_out_gate_src=("proj", "q"), compressor=tuple(COMPRESSORS), ttt_optimizer=("adam", "sgd"),
         from_stage=("", *STAGES[1:]),
     )  # fmt: skip
@@ -712,10 +711,12 @@ class Docs(NamedTuple):
     max_len: int  # no piece is longer
 
 
+RMS_EPS = 1.2e-7  # float32's, written out so that every device and PyTorch version uses the same
+
+
 def rms(x: Tensor) -> Tensor:
     """x over its root mean square along the last dimension, no gain (arXiv 1910.07467)."""
-    # Explicit (float32's), so that every device and PyTorch version uses the same.
-    return F.rms_norm(x, (x.size(-1),), eps=1.2e-7)
+    return F.rms_norm(x, (x.size(-1),), eps=RMS_EPS)
 
 
 def dense_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -752,74 +753,76 @@ def attention_fa3(q: Tensor, k: Tensor, v: Tensor, docs: Docs) -> Tensor:
     return out[0] if isinstance(out, tuple) else out
 
 
-# FlashAttention-4 builds its kernels at run time, which torch.compile cannot trace: as custom ops with a shape rule
-# (`register_fake`) each is one opaque node. Explicit schemas survive the stripping of annotations.
-@torch.library.custom_op(
-    "golf::fa4_forward", mutates_args=(), schema="(Tensor q, Tensor k, Tensor v, Tensor cu, int n) -> (Tensor, Tensor)"
-)
-def fa4_forward(q, k, v, cu, n):
-    from flash_attn.cute.interface import _flash_attn_fwd
-
-    out, lse, *_ = _flash_attn_fwd(
-        q, k, v, cu_seqlens_q=cu, cu_seqlens_k=cu, max_seqlen_q=n, max_seqlen_k=n, causal=True, return_lse=True
-    )
-    return out, lse
-
-
-@fa4_forward.register_fake
-def _(q, k, v, cu, n):
-    return torch.empty_like(q), q.new_empty((q.size(1), q.size(0)), dtype=torch.float32)
-
-
-@torch.library.custom_op(
-    "golf::fa4_backward",
-    mutates_args=(),
-    schema="(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor cu, int n)"
-    " -> (Tensor, Tensor, Tensor)",
-)
-def fa4_backward(grad, q, k, v, out, lse, cu, n):
-    from flash_attn.cute.interface import _flash_attn_bwd
-
-    dq, dk, dv, *_ = _flash_attn_bwd(
-        q, k, v, out, grad, lse, causal=True, cu_seqlens_q=cu, cu_seqlens_k=cu, max_seqlen_q=n, max_seqlen_k=n
-    )
-    return dq, dk, dv
-
-
-@fa4_backward.register_fake
-def _(grad, q, k, v, out, lse, cu, n):
-    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-
-
-def _fa4_setup(ctx, inputs, output):
-    q, k, v, cu, ctx.max_len = inputs
-    ctx.save_for_backward(q, k, v, *output, cu)
-
-
-def _fa4_gradient(ctx, grad, _):
-    q, k, v, out, lse, cu = ctx.saved_tensors
-    return *fa4_backward(grad.contiguous(), q, k, v, out, lse, cu, ctx.max_len), None, None
-
-
-fa4_forward.register_autograd(_fa4_gradient, setup_context=_fa4_setup)
-
-
 def attention_fa4(q: Tensor, k: Tensor, v: Tensor, docs: Docs) -> Tensor:
     """FlashAttention-4 (the flash-attn-4 package, CuTe DSL), Hopper and later."""
-    return fa4_forward(q.contiguous(), k.contiguous(), v.contiguous(), docs.cu_seqlens, docs.max_len)[0]
+    from flash_attn.cute import flash_attn_varlen_func
+
+    cu, n = docs.cu_seqlens, docs.max_len
+    out = flash_attn_varlen_func(q, k, v, cu_seqlens_q=cu, cu_seqlens_k=cu, max_seqlen_q=n, max_seqlen_k=n, causal=True)
+    return out[0] if isinstance(out, tuple) else out
 
 
-ATTENTION_KINDS = dict(fa3=attention_fa3, fa4=attention_fa4, varlen=attention_varlen, sdpa=attention_sdpa)
+def whole_rows(tokens: Tensor) -> Docs:
+    """The boundaries of rows (B, T) that are one document each, laid end to end."""
+    b, t = tokens.shape
+    return Docs(torch.arange(0, (b + 1) * t, t, dtype=torch.int32, device=tokens.device), t)
+
+
+class PackedAttention:
+    """A kind of packed attention as a differentiable function and, for fused blocks, as its two passes."""
+
+    def __init__(self, function: Callable[[Tensor, Tensor, Tensor, Docs], Tensor]):
+        self.function = function
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, docs: Docs) -> Tensor:
+        return self.function(q, k, v, docs)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, docs: Docs) -> tuple[Tensor, Any]:
+        """-> out (T, H, K) and what `backward` needs: here the graph of the function itself."""
+        leaves = [t.detach().requires_grad_() for t in (q, k, v)]
+        with torch.enable_grad():
+            out = self.function(*leaves, docs)
+        return out.detach(), (leaves, out)
+
+    def backward(self, grad: Tensor, out: Tensor, state: Any, docs: Docs) -> tuple[Tensor, Tensor, Tensor]:
+        """-> gradients of q, k and v."""
+        leaves, graph = state
+        return torch.autograd.grad(graph, leaves, grad)
+
+
+class FlashAttention4(PackedAttention):
+    """Calls the two kernels themselves."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, docs: Docs) -> tuple[Tensor, Any]:
+        from flash_attn.cute.interface import _flash_attn_fwd
+
+        cu, n = docs.cu_seqlens, docs.max_len
+        out, lse, *_ = _flash_attn_fwd(
+            q, k, v, cu_seqlens_q=cu, cu_seqlens_k=cu, max_seqlen_q=n, max_seqlen_k=n, causal=True, return_lse=True
+        )
+        return out, (q, k, v, lse)
+
+    def backward(self, grad: Tensor, out: Tensor, state: Any, docs: Docs) -> tuple[Tensor, Tensor, Tensor]:
+        from flash_attn.cute.interface import _flash_attn_bwd
+
+        (q, k, v, lse), cu, n = state, docs.cu_seqlens, docs.max_len
+        dq, dk, dv, *_ = _flash_attn_bwd(
+            q, k, v, out, grad, lse, causal=True, cu_seqlens_q=cu, cu_seqlens_k=cu, max_seqlen_q=n, max_seqlen_k=n
+        )
+        return dq, dk, dv
+
+
+ATTENTION_KINDS = dict(
+    fa3=PackedAttention(attention_fa3),
+    fa4=FlashAttention4(attention_fa4),
+    varlen=PackedAttention(attention_varlen),
+    sdpa=PackedAttention(attention_sdpa),
+)
 
 
 def leaky_square(h: Tensor) -> Tensor:
     """The activation: leaky ReLU with slope 1/2, squared; h^2 above zero, h^2 / 4 below."""
     return F.leaky_relu(h, 0.5).square()
-
-
-def mlp_spec(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
-    """x (..., D), up (F, D), down (D, F) -> (..., D)."""
-    return F.linear(leaky_square(F.linear(x, up)), down)
 
 
 if triton is not None:
@@ -872,57 +875,321 @@ def _leaky_gemm(a: Tensor, b: Tensor, pre: Tensor, out: Tensor, backward: bool) 
     )  # fmt: skip
 
 
-@torch.library.custom_op("golf::up_leaky", mutates_args=(), schema="(Tensor x, Tensor up) -> (Tensor, Tensor)")
-def up_leaky(x, up):
+def up_leaky(x: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     """x (M, D), up (F, D) -> pre-activation and activation, both (M, F)."""
     pre, act = (x.new_empty(x.size(0), up.size(0)) for _ in range(2))
     _leaky_gemm(x, up, pre, act, backward=False)
     return pre, act
 
 
-@up_leaky.register_fake
-def _(x, up):
-    return x.new_empty(x.size(0), up.size(0)), x.new_empty(x.size(0), up.size(0))
-
-
-@torch.library.custom_op("golf::down_leaky", mutates_args=(), schema="(Tensor grad, Tensor down, Tensor pre) -> Tensor")
-def down_leaky(grad, down, pre):
+def down_leaky(grad: Tensor, down: Tensor, pre: Tensor) -> Tensor:
     """grad (M, D), down (D, F), pre (M, F) -> gradient of the pre-activation (M, F)."""
     out = torch.empty_like(pre)
     _leaky_gemm(grad, down.t(), pre, out, backward=True)
     return out
 
 
-@down_leaky.register_fake
-def _(grad, down, pre):
-    return torch.empty_like(pre)
+# ---- the residual stream: mix with the embedding, norm, lanes, skips -------------------------------------------------
+# A stream is (M, D) in the compute dtype, 100.7 MB for a record micro-batch: 25 us to read or write on an H200, so what
+# counts is how often one is touched. A program holds ROWS whole rows; sums over rows (gradients of gains) stay in
+# registers while a fixed number of programs walks over all rows, and are added up afterwards in a fixed order.
 
 
-class FusedMLP(torch.autograd.Function):
-    """`mlp_spec` with the activation in the up-projection's epilogue and its derivative in that of the down-projection.
+def mix(x: Tensor, x0: Tensor, weights: Tensor) -> Tensor:
+    """x and x0 (..., D) weighted by the two rows of `weights` (2, D)."""
+    return weights[0] * x + weights[1] * x0
 
-    Saves the pre-activation and the activation (M, F); backward recomputes nothing.
-    """
+
+def mean_norm(x: Tensor, lane: Tensor | None = None) -> Tensor:
+    """Norm of x, or of the mean of two lanes."""
+    return rms(x if lane is None else (x + lane) / 2)
+
+
+def update_lanes(x: Tensor, lane: Tensor, a: Tensor, b: Tensor, keep: Tensor, post: Tensor) -> tuple[Tensor, Tensor]:
+    """Both lanes keep a part of themselves (keep (2,)) and take what attention and MLP made (post (2, 2): from, to)."""
+    return keep[0] * x + post[0, 0] * a + post[1, 0] * b, keep[1] * lane + post[0, 1] * a + post[1, 1] * b
+
+
+def merge_skip(x: Tensor, kept: Tensor, weight: Tensor, gate: Tensor | None) -> Tensor:
+    """U-net skip: the kept encoder output, scaled, gated against x or added to it."""
+    if gate is None:
+        return x + weight * kept
+    return torch.lerp(weight * kept, x, gate.sigmoid())
+
+
+if triton is not None:
+
+    @triton.jit
+    def mix_norm_kernel(  # noqa: PLR0913
+        x_ptr, x0_ptr, mix_ptr, u_ptr, n_ptr, rstd_ptr, scale, eps, M, D,
+        ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    ):  # fmt: skip  # noqa: PLR0913
+        """u = mix0 x + mix1 x0 (x alone without x0), rstd = 1 / rms(u), n = scale u rstd."""
+        row, col = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK)
+        inside = (row[:, None] < M) & (col[None, :] < D)
+        at = row[:, None].to(tl.int64) * D + col[None, :]
+        u = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        if x0_ptr is not None:
+            m0 = tl.load(mix_ptr + col, mask=col < D, other=0.0).to(tl.float32)
+            m1 = tl.load(mix_ptr + D + col, mask=col < D, other=0.0).to(tl.float32)
+            u = m0[None, :] * u + m1[None, :] * tl.load(x0_ptr + at, mask=inside, other=0.0).to(tl.float32)
+            u = u.to(n_ptr.dtype.element_ty).to(tl.float32)  # the norm is that of the sum as it is stored
+        if u_ptr is not None:
+            tl.store(u_ptr + at, u.to(u_ptr.dtype.element_ty), mask=inside)
+        rstd = 1.0 / tl.sqrt(tl.sum(u * u, 1) / D + eps)
+        tl.store(rstd_ptr + row, rstd, mask=row < M)
+        tl.store(n_ptr + at, (u * rstd[:, None] * scale).to(n_ptr.dtype.element_ty), mask=inside)
+
+    @triton.jit
+    def mix_norm_backward_kernel(  # noqa: PLR0913
+        g_ptr, dn_ptr, n_ptr, rstd_ptr, x_ptr, x0_ptr, mix_ptr, carry_ptr, keep_ptr, g0_ptr, dx_ptr, dx0_ptr, dmix_ptr,
+        scale, factor, M, D, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    ):  # fmt: skip  # noqa: PLR0913
+        """du = g + norm's gradient; dx = mix0 du (without x0: factor du) + keep carry; dx0 = g0 + mix1 du; dmix: sums of du x and du x0.
+
+        g, carry (gradients that reach u and x past the norm), keep (their factor, 1 without) and g0 may be absent.
+        """
+        col = tl.arange(0, BLOCK)
+        if mix_ptr is not None:
+            m0 = tl.load(mix_ptr + col, mask=col < D, other=0.0).to(tl.float32)
+            m1 = tl.load(mix_ptr + D + col, mask=col < D, other=0.0).to(tl.float32)
+        sum0, sum1 = tl.zeros((ROWS, BLOCK), tl.float32), tl.zeros((ROWS, BLOCK), tl.float32)
+        for block in range(tl.program_id(0), tl.cdiv(M, ROWS), tl.num_programs(0)):
+            row = block * ROWS + tl.arange(0, ROWS)
+            inside = (row[:, None] < M) & (col[None, :] < D)
+            at = row[:, None].to(tl.int64) * D + col[None, :]
+            dn = tl.load(dn_ptr + at, mask=inside, other=0.0).to(tl.float32)
+            n = tl.load(n_ptr + at, mask=inside, other=0.0).to(tl.float32)
+            rstd = tl.load(rstd_ptr + row, mask=row < M, other=0.0)
+            along = tl.sum(dn * n, 1) / (D * scale * scale)
+            du = rstd[:, None] * scale * (dn - n * along[:, None])
+            if g_ptr is not None:
+                du += tl.load(g_ptr + at, mask=inside, other=0.0).to(tl.float32)
+            dx = factor * du
+            if dmix_ptr is not None:
+                sum0 += du * tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
+                sum1 += du * tl.load(x0_ptr + at, mask=inside, other=0.0).to(tl.float32)
+            if mix_ptr is not None:
+                dx = m0[None, :] * du
+                if dx0_ptr is not None:
+                    dx0 = m1[None, :] * du
+                    if g0_ptr is not None:
+                        dx0 += tl.load(g0_ptr + at, mask=inside, other=0.0).to(tl.float32)
+                    tl.store(dx0_ptr + at, dx0.to(dx0_ptr.dtype.element_ty), mask=inside)
+            if carry_ptr is not None:
+                carry = tl.load(carry_ptr + at, mask=inside, other=0.0).to(tl.float32)
+                if keep_ptr is not None:
+                    carry *= tl.load(keep_ptr).to(tl.float32)
+                dx += carry
+            if dx_ptr is not None:
+                tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=inside)
+        if dmix_ptr is not None:
+            out = dmix_ptr + tl.program_id(0) * 2 * D + col
+            tl.store(out, tl.sum(sum0, 0), mask=col < D)
+            tl.store(out + D, tl.sum(sum1, 0), mask=col < D)
+
+    @triton.jit
+    def lanes_kernel(  # noqa: PLR0913
+        x_ptr, lane_ptr, a_ptr, b_ptr, keep_ptr, post_ptr, new_x_ptr, new_lane_ptr, size, BLOCK: tl.constexpr,
+    ):  # fmt: skip  # noqa: PLR0913
+        """`update_lanes`, elementwise: four streams in, two out."""
+        at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        inside = at < size
+        x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        lane = tl.load(lane_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        a = tl.load(a_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        b = tl.load(b_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        keep0, keep1 = tl.load(keep_ptr).to(tl.float32), tl.load(keep_ptr + 1).to(tl.float32)
+        a0, a1 = tl.load(post_ptr).to(tl.float32), tl.load(post_ptr + 1).to(tl.float32)
+        b0, b1 = tl.load(post_ptr + 2).to(tl.float32), tl.load(post_ptr + 3).to(tl.float32)
+        kind = new_x_ptr.dtype.element_ty
+        tl.store(new_x_ptr + at, (keep0 * x + a0 * a + b0 * b).to(kind), mask=inside)
+        tl.store(new_lane_ptr + at, (keep1 * lane + a1 * a + b1 * b).to(kind), mask=inside)
+
+    @triton.jit
+    def lanes_backward_kernel(  # noqa: PLR0913
+        gx_ptr, gl_ptr, x_ptr, lane_ptr, a_ptr, b_ptr, post_ptr, da_ptr, db_ptr, sums_ptr, size, BLOCK: tl.constexpr,
+    ):  # fmt: skip  # noqa: PLR0913
+        """Gradients of a and b, and per program the six products that are the gradients of keep and post.
+
+        Six streams in, two out; those of x and lane are factors of gx and gl, applied by the kernel that reads them.
+        """
+        a0, a1 = tl.load(post_ptr).to(tl.float32), tl.load(post_ptr + 1).to(tl.float32)
+        b0, b1 = tl.load(post_ptr + 2).to(tl.float32), tl.load(post_ptr + 3).to(tl.float32)
+        keep0, keep1 = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
+        post00, post01 = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
+        post10, post11 = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
+        for block in range(tl.program_id(0), tl.cdiv(size, BLOCK), tl.num_programs(0)):
+            at = block * BLOCK + tl.arange(0, BLOCK)
+            inside = at < size
+            gx = tl.load(gx_ptr + at, mask=inside, other=0.0).to(tl.float32)
+            gl = tl.load(gl_ptr + at, mask=inside, other=0.0).to(tl.float32)
+            a = tl.load(a_ptr + at, mask=inside, other=0.0).to(tl.float32)
+            b = tl.load(b_ptr + at, mask=inside, other=0.0).to(tl.float32)
+            keep0 += gx * tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
+            keep1 += gl * tl.load(lane_ptr + at, mask=inside, other=0.0).to(tl.float32)
+            post00 += gx * a
+            post01 += gl * a
+            post10 += gx * b
+            post11 += gl * b
+            tl.store(da_ptr + at, (a0 * gx + a1 * gl).to(da_ptr.dtype.element_ty), mask=inside)
+            tl.store(db_ptr + at, (b0 * gx + b1 * gl).to(db_ptr.dtype.element_ty), mask=inside)
+        out = sums_ptr + tl.program_id(0) * 6
+        tl.store(out, tl.sum(keep0, 0))
+        tl.store(out + 1, tl.sum(keep1, 0))
+        tl.store(out + 2, tl.sum(post00, 0))
+        tl.store(out + 3, tl.sum(post01, 0))
+        tl.store(out + 4, tl.sum(post10, 0))
+        tl.store(out + 5, tl.sum(post11, 0))
+
+    @triton.jit
+    def merge_kernel(x_ptr, kept_ptr, weight_ptr, gate_ptr, out_ptr, M, D, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+        """`merge_skip` with a gate."""
+        row, col = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK)
+        inside = (row[:, None] < M) & (col[None, :] < D)
+        at = row[:, None].to(tl.int64) * D + col[None, :]
+        weight = tl.load(weight_ptr + col, mask=col < D, other=0.0).to(tl.float32)
+        gate = tl.sigmoid(tl.load(gate_ptr + col, mask=col < D, other=0.0).to(tl.float32))
+        skip = weight[None, :] * tl.load(kept_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        out = skip + gate[None, :] * (tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32) - skip)
+        tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=inside)
+
+    @triton.jit
+    def merge_backward_kernel(  # noqa: PLR0913
+        g_ptr, x_ptr, kept_ptr, weight_ptr, gate_ptr, dx_ptr, dkept_ptr, sums_ptr, M, D,
+        ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    ):  # fmt: skip  # noqa: PLR0913
+        """dx, dkept, and per program the sums over rows of g kept and g x."""
+        col = tl.arange(0, BLOCK)
+        weight = tl.load(weight_ptr + col, mask=col < D, other=0.0).to(tl.float32)
+        gate = tl.sigmoid(tl.load(gate_ptr + col, mask=col < D, other=0.0).to(tl.float32))
+        sum_kept, sum_x = tl.zeros((ROWS, BLOCK), tl.float32), tl.zeros((ROWS, BLOCK), tl.float32)
+        for block in range(tl.program_id(0), tl.cdiv(M, ROWS), tl.num_programs(0)):
+            row = block * ROWS + tl.arange(0, ROWS)
+            inside = (row[:, None] < M) & (col[None, :] < D)
+            at = row[:, None].to(tl.int64) * D + col[None, :]
+            g = tl.load(g_ptr + at, mask=inside, other=0.0).to(tl.float32)
+            sum_kept += g * tl.load(kept_ptr + at, mask=inside, other=0.0).to(tl.float32)
+            sum_x += g * tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
+            tl.store(dx_ptr + at, (gate[None, :] * g).to(dx_ptr.dtype.element_ty), mask=inside)
+            dkept = ((1 - gate) * weight)[None, :] * g
+            tl.store(dkept_ptr + at, dkept.to(dkept_ptr.dtype.element_ty), mask=inside)
+        out = sums_ptr + tl.program_id(0) * 2 * D + col
+        tl.store(out, tl.sum(sum_kept, 0), mask=col < D)
+        tl.store(out + D, tl.sum(sum_x, 0), mask=col < D)
+
+
+@functools.cache
+def _walkers(device: torch.device) -> int:
+    """Programs of a kernel that walks over all rows: enough to fill the device, few enough to sum up cheaply."""
+    return 8 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
+
+
+def _row_tile(d: int) -> dict[str, int]:
+    """Whole rows of D channels in a program: 2,048 elements on four warps, two 16-byte accesses per thread."""
+    block = triton.next_power_of_2(d)
+    return dict(ROWS=max(1, 2048 // block), BLOCK=block, num_warps=4)
+
+
+def mix_norm_forward(x: Tensor, x0: Tensor | None, mix: Tensor | None, scale: float, keep_sum: bool) -> list[Tensor]:
+    """-> u or None, n = scale rms(u), rstd (M,) in float32; u is the mix of x and x0, or x. Reads and writes once."""
+    n, rstd = torch.empty_like(x), x.new_empty(x.numel() // x.size(-1), dtype=torch.float32)
+    u = torch.empty_like(x) if keep_sum else None
+    tile = _row_tile(x.size(-1))
+    mix_norm_kernel[(triton.cdiv(len(rstd), tile["ROWS"]),)](
+        x, x0, mix, u, n, rstd, scale, RMS_EPS, len(rstd), x.size(-1), **tile
+    )
+    return u, n, rstd
+
+
+class NormGradients(NamedTuple):
+    """What may flow into the backward pass of `mix_norm_forward` beside the gradient of n."""
+
+    g: Tensor | None = None  # of u
+    carry: Tensor | None = None  # of x, past mix and norm
+    keep: Tensor | None = None  # a factor of carry
+    g0: Tensor | None = None  # of x0, from later visits
+
+
+def mix_norm_backward(  # noqa: PLR0913
+    dn: Tensor, n: Tensor, rstd: Tensor, scale: float, more: NormGradients, mix: Tensor | None = None,
+    factor: float = 1.0, inputs: tuple[Tensor, Tensor] | None = None, want: tuple[bool, bool] = (True, False),
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip  # noqa: PLR0913
+    """-> dx, dx0 (those that `want` asks for), and dmix where the inputs (x, x0) of the mix are given."""
+    d = n.size(-1)
+    dx, dx0 = (torch.empty_like(n) if w else None for w in want)
+    programs, tile = min(_walkers(n.device), len(rstd)), _row_tile(d)
+    x, x0 = inputs or (None, None)
+    sums = n.new_empty(programs, 2, d, dtype=torch.float32) if inputs else None
+    mix_norm_backward_kernel[(programs,)](
+        more.g, dn, n, rstd, x, x0, mix, more.carry, more.keep, more.g0, dx, dx0, sums, scale, factor, len(rstd), d,
+        **tile,
+    )
+    return dx, dx0, sums.sum(0).to(mix.dtype) if inputs else None
+
+
+class FusedMeanNorm(torch.autograd.Function):
+    """`mean_norm`: one kernel each way; saves n and 1 / rms."""
 
     @staticmethod
-    def forward(ctx, x, up, down):
-        pre, act = up_leaky(x, up)
-        ctx.save_for_backward(x, up, down, pre, act)
-        return F.linear(act, down)
+    def forward(ctx, x, lane):
+        half = None if lane is None else x.new_full((2, x.size(-1)), 0.5)
+        _, n, rstd = mix_norm_forward(x, lane, half, 1.0, keep_sum=False)
+        ctx.save_for_backward(n, rstd)
+        ctx.lanes = lane is not None
+        return n
 
     @staticmethod
     def backward(ctx, grad):
-        x, up, down, pre, act = ctx.saved_tensors
-        grad = grad.contiguous()
-        d_pre = down_leaky(grad, down, pre)
-        d_up = d_pre.t() @ x if ctx.needs_input_grad[1] else None
-        d_down = grad.t() @ act if ctx.needs_input_grad[2] else None
-        return d_pre @ up, d_up, d_down
+        n, rstd = ctx.saved_tensors
+        dx, *_ = mix_norm_backward(grad.contiguous(), n, rstd, 1.0, NormGradients(), factor=0.5 if ctx.lanes else 1.0)
+        return dx, dx if ctx.lanes else None
 
 
-def mlp_fused(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
-    flat = x.reshape(-1, x.size(-1)).contiguous()
-    return FusedMLP.apply(flat, up.contiguous(), down.contiguous()).view_as(x)
+class FusedMergeSkip(torch.autograd.Function):
+    """`merge_skip` with a gate: reads two streams and writes one, backward three and two."""
+
+    @staticmethod
+    def forward(ctx, x, kept, weight, gate):
+        out, tile, rows = torch.empty_like(x), _row_tile(x.size(-1)), x.numel() // x.size(-1)
+        merge_kernel[(triton.cdiv(rows, tile["ROWS"]),)](x, kept, weight, gate, out, rows, x.size(-1), **tile)
+        ctx.save_for_backward(x, kept, weight, gate)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, kept, weight, gate = ctx.saved_tensors
+        d, dx, dkept = x.size(-1), torch.empty_like(x), torch.empty_like(x)
+        rows = x.numel() // d
+        programs = min(_walkers(x.device), rows)
+        sums = x.new_empty(programs, 2, d, dtype=torch.float32)
+        merge_backward_kernel[(programs,)](
+            grad.contiguous(), x, kept, weight, gate, dx, dkept, sums, rows, d, **_row_tile(d)
+        )
+        g_kept, g_x = sums.sum(0)
+        s = gate.float().sigmoid()
+        d_gate = s * (1 - s) * (g_x - weight.float() * g_kept)
+        return dx, dkept, ((1 - s) * g_kept).to(weight.dtype), d_gate.to(gate.dtype)
+
+
+def merge_skip_fused(x: Tensor, kept: Tensor, weight: Tensor, gate: Tensor | None) -> Tensor:
+    return merge_skip(x, kept, weight, gate) if gate is None else FusedMergeSkip.apply(x, kept, weight, gate)
+
+
+def lanes_forward(x: Tensor, lane: Tensor, a: Tensor, b: Tensor, keep: Tensor, post: Tensor) -> tuple[Tensor, Tensor]:
+    new_x, new_lane, block = torch.empty_like(x), torch.empty_like(x), 2048
+    lanes_kernel[(triton.cdiv(x.numel(), block),)](x, lane, a, b, keep, post, new_x, new_lane, x.numel(), block)
+    return new_x, new_lane
+
+
+def lanes_backward(gx: Tensor, gl: Tensor, x: Tensor, lane: Tensor, a: Tensor, b: Tensor, post: Tensor) -> list[Tensor]:
+    """-> da, db, dkeep (2,), dpost (2, 2)."""
+    da, db, block = torch.empty_like(a), torch.empty_like(b), 1024
+    programs = min(_walkers(x.device), triton.cdiv(x.numel(), block))
+    sums = x.new_empty(programs, 6, dtype=torch.float32)
+    lanes_backward_kernel[(programs,)](gx, gl, x, lane, a, b, post, da, db, sums, x.numel(), block)
+    sums = sums.sum(0).to(post.dtype)
+    return da, db, sums[:2], sums[2:].view(2, 2)
 
 
 def softcapped_logits(hidden: Tensor, embedding: Tensor, cap: float) -> Tensor:
@@ -951,46 +1218,6 @@ def orthogonalize(update: Tensor, steps: int) -> Tensor:
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
     return x.mT if tall else x
-
-
-class Kernels(NamedTuple):
-    """The functions that a device runs."""
-
-    attention: Callable[..., Tensor] = attention_sdpa
-    mlp: Callable[..., Tensor] = mlp_spec
-    compiled: bool = False
-    why: str = "specification"
-
-
-SPEC = Kernels()
-
-
-def choose_kernels(cfg: Config, device: torch.device) -> Kernels:
-    """The fastest kernels that this device and these packages allow, with the reason."""
-    if cfg.kernels == "spec" or device.type == "cpu":
-        kind = "sdpa" if cfg.attention == "auto" else cfg.attention
-        return SPEC._replace(attention=ATTENTION_KINDS[kind], compiled=cfg.compile == "on", why=f"{kind}, plain MLP")
-    major, _ = torch.cuda.get_device_capability(device)
-    kind, why = cfg.attention, "asked for"
-    if kind == "auto":
-        kind, why = "varlen", "no FlashAttention-3 or -4 found"
-        for name, module in (("fa3", "flash_attn_interface"), ("fa4", "flash_attn.cute.interface")):
-            if major >= 9 and importable(module):
-                kind, why = name, f"{module} found"
-                break
-    fused = triton is not None
-    return Kernels(
-        ATTENTION_KINDS[kind], mlp_fused if fused else mlp_spec, cfg.compile != "off",
-        f"attention {kind} ({why}), MLP {'fused' if fused else 'plain: no triton'}, compile {cfg.compile}",
-    )  # fmt: skip
-
-
-def importable(module: str) -> bool:
-    try:
-        importlib.import_module(module)
-    except (ImportError, OSError, AttributeError):  # a broken build is as good as none
-        return False
-    return True
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -1247,14 +1474,15 @@ def plan_depth(n_layers: int, loops: int, start: int, end: int, lanes_from: int)
     )
 
 
+# ---- blocks: the specification ---------------------------------------------------------------------------------------
 class Deltas(NamedTuple):
     """What test-time training adds in one visit: low-rank pairs A (N, R, in), B (N, out, R), one per document."""
 
     q: tuple[Tensor, Tensor] | None = None
     k: tuple[Tensor, Tensor] | None = None
     v: tuple[Tensor, Tensor] | None = None
-    attn_bypass: tuple[Tensor, Tensor] | None = None  # from the attention input to its output
-    mlp_bypass: tuple[Tensor, Tensor] | None = None  # from the MLP input to its output
+    attn_bypass: tuple[Tensor, Tensor] | None = None  # from the attention input to its scaled output
+    mlp_bypass: tuple[Tensor, Tensor] | None = None  # from the MLP input to its scaled output
 
 
 NO_DELTAS = Deltas()
@@ -1270,32 +1498,38 @@ def low_rank(x: Tensor, delta: tuple[Tensor, Tensor] | None) -> Tensor | float:
 
 
 class LayerWeights(NamedTuple):
-    """Everything a visit to one layer reads, in the compute dtype: a block is a pure function of these."""
+    """Everything a visit to one layer reads, in the compute dtype: a block is a pure function of these.
+
+    The scales of what attention and MLP write are folded into the matrices that write it: W_o and W_down have D rows,
+    the stream has one per token.
+    """
 
     mix: Tensor  # (2, D): weights of the residual stream and of the embedding
-    attn_scale: Tensor  # (D,)
-    mlp_scale: Tensor  # (D,)
-    depth_scale: Tensor  # (): 1 / sqrt(layer + 1)
     q_gain: Tensor  # (H,)
-    head_gate: Tensor | None  # (H, D)
     narrow_gate: Tensor | None  # (H, GATE_WINDOW)
-    wq: Tensor  # (D, D)
-    wk: Tensor  # (G * K, D)
-    wv: Tensor  # (G * K, D)
-    wo: Tensor  # (D, D)
+    qkv: Tensor  # (D + 2 G K + gates, D): rows of queries, keys, values, and of the head gates if there are any
+    wo: Tensor  # (D, D), times attn_scale
     up: Tensor  # (F, D)
-    down: Tensor  # (D, F)
+    down: Tensor  # (D, F), times mlp_scale
     post: Tensor  # (2, 2): what attention and MLP (rows) add to the two lanes (columns)
     keep: Tensor  # (2,): what the lanes keep of themselves
 
 
-class Shape(NamedTuple):
-    """The constants of attention; one instance for all layers keeps torch.compile at one graph."""
+class Layer(NamedTuple):
+    """The constants of one layer."""
 
     heads: int
     kv_heads: int
+    head_dim: int
+    depth_scale: float  # of the normed input: 1 / sqrt(layer + 1)
     exclude_own_value: bool
     narrow_gate_reads_q: bool
+
+    @property
+    def columns(self) -> tuple[int, int, int]:
+        """Where keys, values and gates begin in a row of the merged projection; queries begin at 0."""
+        keys, width = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        return keys, keys + width, keys + 2 * width
 
 
 def exclude_own_value(y: Tensor, v: Tensor) -> Tensor:
@@ -1330,78 +1564,307 @@ class Context(NamedTuple):
 
     rope: tuple[Tensor, Tensor]
     docs: Docs | None
-    shape: Shape
-    kernels: Kernels
+    attention: Any  # the attention of the chosen kernels
 
 
-def matmul(x: Tensor, weight: Tensor, delta: tuple[Tensor, Tensor] | None, site: str, tap: Tap | None) -> Tensor:
+def matmul(x: Tensor, weight: Tensor, site: str, tap: Tap | None) -> Tensor:
     """The one place where activations meet bank weights."""
     if tap is not None:
         tap(site, x)
-    return F.linear(x, weight) + low_rank(x, delta)
+    return F.linear(x, weight)
 
 
-def attend(n: Tensor, w: LayerWeights, ctx: Context, deltas: Deltas, tap: Tap | None) -> Tensor:
+def attend(n: Tensor, w: LayerWeights, layer: Layer, ctx: Context, deltas: Deltas, tap: Tap | None) -> Tensor:
     """The attention half of a block. n (B, T, D), normed -> (B, T, D)."""
-    heads = (ctx.shape.heads, ctx.shape.kv_heads, ctx.shape.kv_heads)
-    raw, k, v = (
-        matmul(n, weight, delta, "attn_in", tap if i == 0 else None)
-        for i, (weight, delta) in enumerate(((w.wq, deltas.q), (w.wk, deltas.k), (w.wv, deltas.v)))
-    )
-    q, k, v = (t.unflatten(-1, (h, -1)) for t, h in zip((raw, k, v), heads, strict=True))  # (B, T, heads, K)
+    k_at, v_at, gates_at = layer.columns
+    merged = matmul(n, w.qkv, "attn_in", tap)
+    raw, k, v, logits = merged.tensor_split((k_at, v_at, gates_at), dim=-1)
+    raw, k, v = raw + low_rank(n, deltas.q), k + low_rank(n, deltas.k), v + low_rank(n, deltas.v)
+    q, k, v = (t.unflatten(-1, (-1, layer.head_dim)) for t in (raw, k, v))  # (B, T, heads, K)
     q, k = rotate(rms(q), ctx.rope) * w.q_gain[:, None], rotate(rms(k), ctx.rope)
     if ctx.docs is None:
         y = dense_attention(q, k, v)
     else:
-        y = ctx.kernels.attention(*(t.flatten(0, 1) for t in (q, k, v)), ctx.docs).view_as(q)
-    if ctx.shape.exclude_own_value:
+        y = ctx.attention(*(t.flatten(0, 1) for t in (q, k, v)), ctx.docs).view_as(q)
+    if layer.exclude_own_value:
         y = exclude_own_value(y, v)
     if w.narrow_gate is not None:
-        source = raw if ctx.shape.narrow_gate_reads_q else n
+        source = raw if layer.narrow_gate_reads_q else n
         y = y * (2 * F.linear(source[..., : w.narrow_gate.size(1)], w.narrow_gate).sigmoid()).unsqueeze(-1)
-    if w.head_gate is not None:
-        y = y * F.linear(n, w.head_gate).sigmoid().unsqueeze(-1)
-    return matmul(y.flatten(2), w.wo, None, "attn_out", tap) + low_rank(n, deltas.attn_bypass)
+    if logits.size(-1):
+        y = y * logits.sigmoid().unsqueeze(-1)
+    return matmul(y.flatten(2), w.wo, "attn_out", tap) + low_rank(n, deltas.attn_bypass)
 
 
-def feed(n: Tensor, w: LayerWeights, ctx: Context, deltas: Deltas, tap: Tap | None) -> Tensor:
+def feed(n: Tensor, w: LayerWeights, deltas: Deltas, tap: Tap | None) -> Tensor:
     """The MLP half of a block. n (B, T, D), normed -> (B, T, D)."""
-    if tap is None:
-        out = ctx.kernels.mlp(n, w.up, w.down)
-    else:  # the specification once more, with its inside visible
-        out = matmul(leaky_square(matmul(n, w.up, None, "mlp_in", tap)), w.down, None, "mlp_out", tap)
-    return out + low_rank(n, deltas.mlp_bypass)
+    return matmul(leaky_square(matmul(n, w.up, "mlp_in", tap)), w.down, "mlp_out", tap) + low_rank(n, deltas.mlp_bypass)
 
 
 def serial_block(
-    x: Tensor, x0: Tensor, w: LayerWeights, ctx: Context, deltas: Deltas = NO_DELTAS, tap: Tap | None = None
-) -> Tensor:
-    """Attention, then MLP, on one residual stream; the mix with the embedding x0 becomes the stream."""
-    x = w.mix[0] * x + w.mix[1] * x0
-    x = x + w.attn_scale * attend(rms(x) * w.depth_scale, w, ctx, deltas, tap)
-    return x + w.mlp_scale * feed(rms(x) * w.depth_scale, w, ctx, deltas, tap)
+    x: Tensor, x0: Tensor, w: LayerWeights, layer: Layer, ctx: Context, deltas: Deltas, tap: Tap | None
+) -> tuple[Tensor, Tensor]:
+    """Attention, then MLP, on one residual stream; the mix with the embedding x0 becomes the stream.
+
+    x0 comes back as it is: on that way a fused block adds its gradient to that of the later visits.
+    """
+    x = mix(x, x0, w.mix)
+    x = x + attend(rms(x) * layer.depth_scale, w, layer, ctx, deltas, tap)
+    return x + feed(rms(x) * layer.depth_scale, w, deltas, tap), x0
 
 
 def two_lane_block(
-    x: Tensor,
-    lane: Tensor,
-    x0: Tensor,
-    w: LayerWeights,
-    ctx: Context,
-    deltas: Deltas = NO_DELTAS,
-    tap: Tap | None = None,
-) -> tuple[Tensor, Tensor]:
+    x: Tensor, lane: Tensor, x0: Tensor, w: LayerWeights, layer: Layer, ctx: Context, deltas: Deltas, tap: Tap | None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Attention reads x (mixed with x0) and MLP reads `lane`, both from before the block; both write to both."""
-    a = w.attn_scale * attend(rms(w.mix[0] * x + w.mix[1] * x0) * w.depth_scale, w, ctx, deltas, tap)
-    b = w.mlp_scale * feed(rms(lane) * w.depth_scale, w, ctx, deltas, tap)
-    return w.keep[0] * x + w.post[0, 0] * a + w.post[1, 0] * b, w.keep[1] * lane + w.post[0, 1] * a + w.post[1, 1] * b
+    a = attend(rms(mix(x, x0, w.mix)) * layer.depth_scale, w, layer, ctx, deltas, tap)
+    b = feed(rms(lane) * layer.depth_scale, w, deltas, tap)
+    return *update_lanes(x, lane, a, b, w.keep, w.post), x0
 
 
-def merge_skip(x: Tensor, kept: Tensor, weight: Tensor, gate: Tensor | None) -> Tensor:
-    """U-net skip: the kept encoder output, scaled, gated against x or added to it."""
-    if gate is None:
-        return x + weight * kept
-    return torch.lerp(weight * kept, x, gate.sigmoid())
+# ---- blocks: fused ---------------------------------------------------------------------------------------------------
+# The same two halves as forward and backward functions over tensors, and a block of either kind as one autograd
+# function made of them. Between the matrix products every stream is read and written once; the projections that write
+# to the residual stream add to it in their epilogue, where it is not needed for backward: the norm's gradient comes
+# from its output. A block runs eagerly: at a record micro-batch's size the launches hide behind the kernels.
+class BlockCall(NamedTuple):
+    """The inputs of a fused block that are no tensors."""
+
+    layer: Layer
+    ctx: Context
+
+
+def _low_rank_forward(target: Tensor, x: Tensor, delta: tuple[Tensor, Tensor] | None) -> Tensor | None:
+    """target += B A x in place, all (N, T, .); returns A x for backward."""
+    if delta is None:
+        return None
+    z = torch.bmm(x, delta[0].mT)
+    target.baddbmm_(z, delta[1].mT)
+    return z
+
+
+def _low_rank_backward(
+    grad: Tensor, x: Tensor, z: Tensor | None, delta: tuple[Tensor, Tensor] | None, dx: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of A and B; that of x is added to dx in place."""
+    if delta is None:
+        return None, None
+    dz = torch.bmm(grad, delta[1])
+    dx.baddbmm_(dz, delta[0])
+    return torch.bmm(dz.mT, x), torch.bmm(grad.mT, z)
+
+
+def _attend_forward(
+    x: Tensor, x0: Tensor, w: LayerWeights, call: BlockCall, deltas: Deltas, residual: bool, train: bool
+) -> tuple[Tensor, list[Tensor | None], Any]:
+    """Mix, norm and attention half -> u + a (residual) or a, and what backward needs: less when no weight trains."""
+    layer, ctx = call
+    u, n, rstd = mix_norm_forward(x, x0, w.mix, layer.depth_scale, keep_sum=residual)
+    merged = F.linear(n, w.qkv)
+    k_at, v_at, gates_at = layer.columns
+    parts = merged.tensor_split((k_at, v_at, gates_at), dim=-1)
+    zs = [_low_rank_forward(part, n, d) for part, d in zip(parts, deltas[:3], strict=False)]
+    q, k = prepare_forward(merged, w.q_gain, ctx.rope, layer)
+    v = parts[2].unflatten(-1, (-1, layer.head_dim)).flatten(0, 1)
+    out, state = ctx.attention.forward(q, k, v, ctx.docs)
+    y = gate_forward(out, merged, layer)
+    a = F.linear(y, w.wo) if u is None else u.flatten(0, -2).addmm_(y.flatten(0, -2), w.wo.t()).view_as(x)
+    zs.append(_low_rank_forward(a, n, deltas.attn_bypass))
+    return a, [n, rstd, merged, out, y if train else None, *zs], state
+
+
+def _attend_backward(
+    grad: Tensor, saved: Sequence[Tensor | None], state: Any, w: LayerWeights, call: BlockCall, deltas: Deltas,
+    train_weights: bool,
+) -> tuple[Tensor, dict[str, Tensor], list[Tensor | None]]:
+    """-> gradient of n, of the weights by name, of q, k, v and bypass deltas (A, B, A, B, ...)."""
+    (layer, ctx), (n, _, merged, out, y, *zs) = call, saved
+    d_merged = torch.empty_like(merged)
+    d_out = gate_backward(grad @ w.wo, out, merged, d_merged, layer)
+    dq, dk, dv = ctx.attention.backward(d_out, out, state, ctx.docs)
+    d_gain = prepare_backward(merged, dq, dk, dv, w.q_gain, ctx.rope, d_merged, layer)
+    dn = d_merged @ w.qkv
+    parts = (*d_merged.tensor_split(layer.columns, dim=-1)[:3], grad)
+    pairs = (*deltas[:3], deltas.attn_bypass)
+    d_deltas = [g for p, z, d in zip(parts, zs, pairs, strict=True) for g in _low_rank_backward(p, n, z, d, dn)]
+    grads = {}
+    if train_weights:
+        grads = dict(qkv=_outer(d_merged, n), wo=_outer(grad, y), q_gain=d_gain)
+    return dn, grads, d_deltas
+
+
+def _feed_forward(
+    x: Tensor, w: LayerWeights, call: BlockCall, deltas: Deltas, residual: bool, train: bool
+) -> tuple[Tensor, list[Tensor | None]]:
+    """Norm and MLP half -> x + b, written over x (residual), or b, and what backward needs."""
+    _, n, rstd = mix_norm_forward(x, None, None, call.layer.depth_scale, keep_sum=False)
+    pre, act = up_leaky(n.flatten(0, -2), w.up)
+    flat = x.flatten(0, -2)
+    b = flat.addmm_(act, w.down.t()) if residual else F.linear(act, w.down)
+    b = b.view_as(x)
+    return b, [n, rstd, pre, act if train else None, _low_rank_forward(b, n, deltas.mlp_bypass)]
+
+
+def _feed_backward(
+    grad: Tensor, saved: Sequence[Tensor | None], w: LayerWeights, deltas: Deltas, train_weights: bool
+) -> tuple[Tensor, dict[str, Tensor], tuple[Tensor | None, Tensor | None]]:
+    """-> gradient of n, of the weights by name, of the bypass."""
+    n, _, pre, act, z = saved
+    d_pre = down_leaky(grad.flatten(0, -2), w.down, pre)
+    dn = (d_pre @ w.up).view_as(n)
+    d_delta = _low_rank_backward(grad, n, z, deltas.mlp_bypass, dn)
+    grads = dict(up=_outer(d_pre, n), down=_outer(grad, act)) if train_weights else {}
+    return dn, grads, d_delta
+
+
+def _outer(grad: Tensor, x: Tensor) -> Tensor:
+    """Gradient (out, in) of a matrix from those of its outputs and its inputs."""
+    return grad.flatten(0, -2).t() @ x.flatten(0, -2)
+
+
+def _unflatten(tensors: Sequence[Tensor | None]) -> tuple[LayerWeights, Deltas]:
+    n = len(LayerWeights._fields)
+    pairs = zip(tensors[n::2], tensors[n + 1 :: 2], strict=True)
+    return LayerWeights(*tensors[:n]), Deltas(*(None if a is None else (a, b) for a, b in pairs))
+
+
+def _flatten(w: LayerWeights, deltas: Deltas) -> list[Tensor | None]:
+    return [*w, *(t for pair in deltas for t in (pair or (None, None)))]
+
+
+N_ATTEND, N_FEED = 9, 5  # tensors that the two halves save
+
+
+def _trains(needs_gradient: Sequence[bool]) -> bool:
+    """Whether the weights learn, which they do together: W_qkv stands for all."""
+    n_pairs, at = 2 * len(Deltas._fields), LayerWeights._fields.index("qkv")
+    return needs_gradient[len(needs_gradient) - n_pairs - len(LayerWeights._fields) + at]
+
+
+class FusedSerial(torch.autograd.Function):
+    """`serial_block`."""
+
+    @staticmethod
+    def forward(ctx, call, x, x0, *tensors):
+        w, deltas = _unflatten(tensors)
+        ctx.call, ctx.train = call, _trains(ctx.needs_input_grad)
+        u, attend_saved, ctx.state = _attend_forward(x, x0, w, call, deltas, True, ctx.train)
+        out, feed_saved = _feed_forward(u, w, call, deltas, True, ctx.train)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, x0, *attend_saved, *feed_saved, *tensors)
+        return out, x0
+
+    @staticmethod
+    def backward(ctx, grad, g0):
+        x, x0, *saved = ctx.saved_tensors
+        w, deltas = _unflatten(saved[N_ATTEND + N_FEED :])
+        attend_saved, feed_saved = saved[:N_ATTEND], saved[N_ATTEND:][:N_FEED]
+        want = ctx.needs_input_grad[1:3]
+        train, scale, grad = ctx.train, ctx.call.layer.depth_scale, grad.contiguous()
+        dn, grads, d_mlp = _feed_backward(grad, feed_saved, w, deltas, train)
+        du, _, _ = mix_norm_backward(dn, *feed_saved[:2], scale, NormGradients(carry=grad))
+        dn, more, d_attend = _attend_backward(du, attend_saved, ctx.state, w, ctx.call, deltas, train)
+        dx, dx0, d_mix = mix_norm_backward(
+            dn, *attend_saved[:2], scale, NormGradients(g=du, g0=g0), w.mix,
+            inputs=(x, x0) if train else None, want=want,
+        )  # fmt: skip
+        grads |= more | dict(mix=d_mix)
+        return None, dx, dx0, *(grads.get(name) for name in LayerWeights._fields), *d_attend, *d_mlp
+
+
+class FusedTwoLane(torch.autograd.Function):
+    """`two_lane_block`."""
+
+    @staticmethod
+    def forward(ctx, call, x, lane, x0, *tensors):
+        w, deltas = _unflatten(tensors)
+        ctx.call, ctx.train = call, _trains(ctx.needs_input_grad)
+        a, attend_saved, ctx.state = _attend_forward(x, x0, w, call, deltas, False, ctx.train)
+        b, feed_saved = _feed_forward(lane, w, call, deltas, False, ctx.train)
+        new_x, new_lane = lanes_forward(x, lane, a, b, w.keep, w.post)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, lane, x0, a, b, *attend_saved, *feed_saved, *tensors)
+        return new_x, new_lane, x0
+
+    @staticmethod
+    def backward(ctx, gx, gl, g0):
+        x, lane, x0, a, b, *saved = ctx.saved_tensors
+        w, deltas = _unflatten(saved[N_ATTEND + N_FEED :])
+        attend_saved, feed_saved = saved[:N_ATTEND], saved[N_ATTEND:][:N_FEED]
+        want, train, scale = ctx.needs_input_grad[1:4:2], ctx.train, ctx.call.layer.depth_scale
+        gx, gl = (torch.zeros_like(x) if g is None else g.contiguous() for g in (gx, gl))
+        da, db, d_keep, d_post = lanes_backward(gx, gl, x, lane, a, b, w.post)
+        dn, grads, d_mlp = _feed_backward(db, feed_saved, w, deltas, train)
+        d_lane, _, _ = mix_norm_backward(dn, *feed_saved[:2], scale, NormGradients(carry=gl, keep=w.keep[1:]))
+        dn, more, d_attend = _attend_backward(da, attend_saved, ctx.state, w, ctx.call, deltas, train)
+        dx, dx0, d_mix = mix_norm_backward(
+            dn, *attend_saved[:2], scale, NormGradients(carry=gx, keep=w.keep, g0=g0), w.mix,
+            inputs=(x, x0) if train else None, want=want,
+        )  # fmt: skip
+        grads |= more | dict(mix=d_mix, keep=d_keep, post=d_post)
+        return None, dx, d_lane, dx0, *(grads.get(name) for name in LayerWeights._fields), *d_attend, *d_mlp
+
+
+def serial_block_fused(x, x0, w, layer, ctx, deltas, tap):
+    """`serial_block` by `FusedSerial`, which has neither taps nor narrow gates."""
+    if tap is not None or w.narrow_gate is not None:
+        return serial_block(x, x0, w, layer, ctx, deltas, tap)
+    return FusedSerial.apply(BlockCall(layer, ctx), x, x0, *_flatten(w, deltas))
+
+
+def two_lane_block_fused(x, lane, x0, w, layer, ctx, deltas, tap):
+    """`two_lane_block` by `FusedTwoLane`, which has neither taps nor narrow gates."""
+    if tap is not None or w.narrow_gate is not None:
+        return two_lane_block(x, lane, x0, w, layer, ctx, deltas, tap)
+    return FusedTwoLane.apply(BlockCall(layer, ctx), x, lane, x0, *_flatten(w, deltas))
+
+
+class Kernels(NamedTuple):
+    """The functions that a device runs: a row is a specification unless the chooser says otherwise."""
+
+    attention: PackedAttention = ATTENTION_KINDS["sdpa"]
+    serial: Callable[..., tuple[Tensor, Tensor]] = serial_block
+    two_lane: Callable[..., tuple[Tensor, Tensor, Tensor]] = two_lane_block
+    merge: Callable[..., Tensor] = merge_skip
+    mean_norm: Callable[..., Tensor] = mean_norm
+    loss: Callable[..., Tensor] = softcapped_loss
+    fused: bool = False
+    why: str = "specification"
+
+
+SPEC = Kernels()
+
+
+def choose_kernels(cfg: Config, device: torch.device) -> Kernels:
+    """The fastest kernels that this device and these packages allow, with the reason."""
+    if cfg.kernels == "spec" or device.type == "cpu":
+        kind = "sdpa" if cfg.attention == "auto" else cfg.attention
+        return SPEC._replace(attention=ATTENTION_KINDS[kind], why=f"attention {kind}, plain PyTorch")
+    major, _ = torch.cuda.get_device_capability(device)
+    kind, why = cfg.attention, "asked for"
+    if kind == "auto":
+        kind, why = "varlen", "no FlashAttention-3 or -4 found"
+        for name, module in (("fa3", "flash_attn_interface"), ("fa4", "flash_attn.cute.interface")):
+            if major >= 9 and importable(module):
+                kind, why = name, f"{module} found"
+                break
+    if triton is None:
+        return SPEC._replace(attention=ATTENTION_KINDS[kind], why=f"attention {kind} ({why}), plain PyTorch: no triton")
+    return FUSED._replace(attention=ATTENTION_KINDS[kind], why=f"attention {kind} ({why}), fused blocks")
+
+
+FUSED = Kernels(
+    serial=serial_block_fused, two_lane=two_lane_block_fused, merge=merge_skip_fused, mean_norm=FusedMeanNorm.apply,
+    fused=True,
+)  # fmt: skip
+
+
+def importable(module: str) -> bool:
+    try:
+        importlib.import_module(module)
+    except (ImportError, OSError, AttributeError):  # a broken build is as good as none
+        return False
+    return True
 
 
 class Attention(nn.Module):
@@ -1437,7 +1900,7 @@ class GPT(nn.Module):
 
     def __init__(self, cfg: Config, kernels: Kernels = SPEC, dtype: torch.dtype = torch.float32):
         super().__init__()
-        self.cfg, self.dtype, self.looped = cfg, dtype, False
+        self.cfg, self.kernels, self.dtype, self.looped = cfg, kernels, dtype, False
         n_layers, d, kv = cfg.num_layers, cfg.model_dim, cfg.num_kv_heads * cfg.head_dim
         args = (cfg.loop_start, cfg.loop_end, cfg.parallel_start_layer)
         self.plans = {on: plan_depth(n_layers, cfg.num_loops if on else 0, *args) for on in (False, True)}
@@ -1456,10 +1919,14 @@ class GPT(nn.Module):
             self.smear_gate = nn.Linear(cfg.gate_window, 1, bias=False)
             self.smear_lambda = nn.Parameter(torch.zeros(1))
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(n_layers))
-        depth = 1 / torch.arange(1, n_layers + 1).sqrt() if cfg.ln_scale else torch.ones(n_layers)
-        self.register_buffer("depth_scale", depth, persistent=False)
+        self.layer_constants = [
+            Layer(
+                cfg.num_heads, cfg.num_kv_heads, cfg.head_dim, (i + 1) ** -0.5 if cfg.ln_scale else 1.0,
+                i >= n_layers - cfg.xsa_last_n, cfg.attn_out_gate_src == "q",
+            )
+            for i in range(n_layers)
+        ]  # fmt: skip
         self.init_weights()
-        self.use_kernels(kernels)
 
     @torch.no_grad()
     def init_weights(self) -> None:
@@ -1473,19 +1940,6 @@ class GPT(nn.Module):
         if self.cfg.smear_gate_enabled:
             nn.init.zeros_(self.smear_gate.weight)
 
-    def use_kernels(self, kernels: Kernels) -> None:
-        """Compiles a block of either kind once; all layers share the graph because a block is a pure function."""
-        self.kernels = kernels
-        wrap = torch.compile if kernels.compiled else lambda f, **_: f
-        if (
-            kernels.compiled
-        ):  # modes (training, scoring, adapters, base learning) times shapes before sizes are symbolic
-            torch._dynamo.config.recompile_limit = 64
-        # Training has one shape and gets a graph of its own; the windows of test-time training have many, and the
-        # second shape that appears makes the sizes that differ symbolic.
-        parts = (serial_block, two_lane_block, merge_skip, softcapped_loss)
-        self._serial, self._two_lane, self._merge, self._loss = (wrap(f, fullgraph=True) for f in parts)
-
     def place(self, device: torch.device) -> GPT:
         """Moves to the device with every parameter in the dtype of its role."""
         self.to(device)
@@ -1498,22 +1952,29 @@ class GPT(nn.Module):
         return self.plans[self.looped]
 
     def layers(self) -> list[LayerWeights]:
-        """The weights of each layer; every bank is cast once per forward pass and its gradient gathered once."""
+        """The weights of each layer, cast and joined once per forward pass; every gradient is gathered once."""
         n, dtype = self.cfg.num_layers, self.dtype
-        qo, kv, up, down = (
-            bank.to(dtype).unbind(0) for bank in (self.qo_bank, self.kv_bank, self.mlp_up_bank, self.mlp_down_bank)
+
+        def stack(name: str) -> Tensor:
+            return torch.stack([b.get_parameter(name) for b in self.blocks])
+
+        queries, outputs = self.qo_bank.split(n)
+        rows = [queries, *self.kv_bank.split(n)]
+        if self.cfg.gated_attn_enabled:
+            rows.append(stack("attn.attn_gate_w"))
+        narrow = stack("attn.attn_gate_proj.weight").to(dtype) if self.cfg.attn_out_gate_enabled else [None] * n
+        columns = LayerWeights(
+            mix=stack("resid_mix").to(dtype),
+            q_gain=stack("attn.q_gain").to(dtype),
+            narrow_gate=narrow,
+            qkv=torch.cat([r.to(dtype) for r in rows], dim=1),
+            wo=(stack("attn_scale").unsqueeze(-1) * outputs).to(dtype),
+            up=self.mlp_up_bank.to(dtype),
+            down=(stack("mlp_scale").unsqueeze(-1) * self.mlp_down_bank).to(dtype),
+            post=self.parallel_post_lambdas.to(dtype),
+            keep=self.parallel_resid_lambdas.to(dtype),
         )
-        post, keep = self.parallel_post_lambdas.to(dtype).unbind(0), self.parallel_resid_lambdas.to(dtype).unbind(0)
-        depth = self.depth_scale.to(dtype).unbind(0)
-        rows = []
-        for i, b in enumerate(self.blocks):
-            gate = b.attn.attn_gate_w.to(dtype) if self.cfg.gated_attn_enabled else None
-            narrow = b.attn.attn_gate_proj.weight.to(dtype) if self.cfg.attn_out_gate_enabled else None
-            rows.append(LayerWeights(
-                b.resid_mix.to(dtype), b.attn_scale.to(dtype), b.mlp_scale.to(dtype), depth[i], b.attn.q_gain.to(dtype),
-                gate, narrow, qo[i], kv[i], kv[n + i], qo[n + i], up[i], down[i], post[i], keep[i],
-            ))  # fmt: skip
-        return rows
+        return [LayerWeights(*row) for row in zip(*(c.unbind(0) if isinstance(c, Tensor) else c for c in columns))]
 
     def embed(self, tokens: Tensor) -> Tensor:
         """(B, T) -> (B, T, D), normed."""
@@ -1523,39 +1984,47 @@ class GPT(nn.Module):
             gate = strength * F.linear(x[:, 1:, : self.cfg.gate_window], w).sigmoid()
             gate = gate * (tokens[:, 1:, None] != BOS)  # a document's first token has no predecessor
             x = torch.cat((x[:, :1], x[:, 1:] + gate * x[:, :-1]), dim=1)
-        return rms(x)
+        return self.kernels.mean_norm(x, None)
 
     def trunk(self, tokens: Tensor, docs: Docs | None, adapters: Adapters | None, tap: Tap | None) -> Tensor:
         """Token ids (B, T) to final normed hidden states (B, T, D): one loop over the planned visits."""
-        cfg, layers = self.cfg, self.layers()
-        shapes = [Shape(cfg.num_heads, cfg.num_kv_heads, x, cfg.attn_out_gate_src == "q") for x in (False, True)]
+        cfg, kernels, layers = self.cfg, self.kernels, self.layers()
         rope = rotary_tables(cfg, tokens.size(1), docs is None, tokens.device, self.dtype)
-        contexts = [Context(rope, docs, shape, self.kernels) for shape in shapes]
+        if docs is None and kernels.fused:
+            docs = whole_rows(tokens)
+        ctx = Context(rope, docs, kernels.attention)
         visit_deltas = adapters.per_visit(self.dtype) if adapters is not None else itertools.repeat(NO_DELTAS)
-        # A tap looks inside the blocks, so it runs them uncompiled.
-        serial, two_lane = (self._serial, self._two_lane) if tap is None else (serial_block, two_lane_block)
         gates = self.skip_gates.to(self.dtype) if cfg.skip_gates_enabled else [None] * len(self.skip_weights)
         skip_weights = self.skip_weights.to(self.dtype)
 
         x = x0 = self.embed(tokens)
         lane, kept = None, []
         for visit, deltas in zip(self.plan, visit_deltas, strict=False):
-            w = layers[visit.layer]
-            ctx = contexts[visit.layer >= cfg.num_layers - cfg.xsa_last_n]
+            args = layers[visit.layer], self.layer_constants[visit.layer], ctx, self.scaled(deltas, visit.layer)
             peek = tap and (lambda site, t, i=visit.layer: tap(f"blocks.{i}.{site}", t))
             if visit.two_lane and lane is None:
                 lane = x  # before the skip, which is merged into the attention lane alone
             if visit.skip is not None and kept:
-                x = self._merge(x, kept.pop(), skip_weights[visit.skip], gates[visit.skip])
+                x = kernels.merge(x, kept.pop(), skip_weights[visit.skip], gates[visit.skip])
             if visit.two_lane:
-                x, lane = two_lane(x, lane, x0, w, ctx, deltas, peek)
+                x, lane, x0 = kernels.two_lane(x, lane, x0, *args, peek)
             else:
-                x = serial(x, x0, w, ctx, deltas, peek)
+                x, x0 = kernels.serial(x, x0, *args, peek)
             if visit.save_skip:
                 kept.append(x)
-        if lane is not None:
-            x = {"mean": (x + lane) / 2, "attn": x, "mlp": lane}[cfg.parallel_final_lane]
-        return rms(x)
+        if lane is not None and cfg.parallel_final_lane != "mean":
+            x, lane = {"attn": x, "mlp": lane}[cfg.parallel_final_lane], None
+        return kernels.mean_norm(x, lane)
+
+    def scaled(self, deltas: Deltas, layer: int) -> Deltas:
+        """The bypasses with the scales that the layer's matrices carry in `layers`."""
+        if deltas is NO_DELTAS:
+            return deltas
+        block, bypasses = self.blocks[layer], {}
+        for name, scale in (("attn_bypass", block.attn_scale), ("mlp_bypass", block.mlp_scale)):
+            if (pair := getattr(deltas, name)) is not None:
+                bypasses[name] = pair[0], scale.to(self.dtype).unsqueeze(-1) * pair[1]
+        return deltas._replace(**bypasses)
 
     def forward(
         self,
@@ -1589,7 +2058,7 @@ class GPT(nn.Module):
         elif targets is None:
             return softcapped_logits(hidden, embedding, cap)
         else:
-            loss = self._loss(hidden, embedding, targets, cap)
+            loss = self.kernels.loss(hidden, embedding, targets, cap)
         return loss.mean() if reduction == "mean" else loss
 
 
@@ -2602,8 +3071,8 @@ class TestTimeScorer:
     def __init__(self, model: GPT, val: ValidationSet, cfg: Config, run: Run):
         self.model, self.val, self.cfg, self.run = model, val, cfg, run
         self.tokens = torch.from_numpy(val.tokens.astype(np.int32)).to(run.device)
-        # Compiled code wants few shapes: windows are padded to multiples of this.
-        self.window_step = min(256, cfg.ttt_eval_seq_len) if model.kernels.compiled else 1
+        # Kernels want sizes that divide well, the allocator few of them: windows are padded to multiples of this.
+        self.window_step = min(256, cfg.ttt_eval_seq_len) if model.kernels.fused else 1
         self.byte_sums = np.concatenate([[0], np.cumsum(val.token_bytes)])
 
     def bytes_of(self, doc: Document) -> int:
@@ -2777,7 +3246,7 @@ def warm_up_ttt(scorer: TestTimeScorer) -> None:
     run, cfg = scorer.run, scorer.cfg
     run.log("ttt_lora:warming up compile (random tokens, no val data)")
     began = time.monotonic()
-    if scorer.model.kernels.compiled:
+    if scorer.model.kernels.fused:
         rng = np.random.Generator(np.random.PCG64(cfg.seed))
         tokens = rng.integers(BOS + 1, cfg.vocab_size, 8 * cfg.eval_seq_len).astype(np.uint16)
         fake = ValidationSet(tokens, np.ones(len(tokens), np.int64))

@@ -11,7 +11,7 @@ from support import documents, packed, relative_error, tiny_config, tiny_model
 from torch import Tensor
 
 import train_gpt
-from train_gpt import ATTENTION_KINDS, GPT, SPEC, Docs, attention_sdpa, choose_kernels, mlp_fused, mlp_spec
+from train_gpt import ATTENTION_KINDS, FUSED, GPT, SPEC, Docs, attention_sdpa, choose_kernels, mean_norm, merge_skip
 
 gpu = pytest.mark.gpu
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -84,18 +84,16 @@ def test_own_value_is_excluded() -> None:
 
 # ---- choice ----------------------------------------------------------------------------------------------------------
 def test_the_cpu_runs_the_specification() -> None:
-    cpu = torch.device("cpu")
-    chosen = choose_kernels(tiny_config(), cpu)
-    assert chosen.attention is attention_sdpa
-    assert chosen.mlp is mlp_spec
-    assert not chosen.compiled
-    assert choose_kernels(tiny_config(compile="on"), cpu).compiled
+    chosen = choose_kernels(tiny_config(), torch.device("cpu"))
+    assert chosen._replace(why="") == SPEC._replace(why="")
+    assert chosen.attention.function is attention_sdpa
     assert "sdpa" in chosen.why
 
 
 def test_every_kind_of_attention_can_be_asked_for() -> None:
-    for kind, f in ATTENTION_KINDS.items():
-        assert choose_kernels(tiny_config(attention=kind, kernels="spec"), torch.device("cpu")).attention is f
+    for kind, attention in ATTENTION_KINDS.items():
+        chosen = choose_kernels(tiny_config(attention=kind, kernels="spec"), torch.device("cpu"))
+        assert chosen.attention is attention
 
 
 def test_a_missing_package_is_not_importable() -> None:
@@ -103,57 +101,163 @@ def test_a_missing_package_is_not_importable() -> None:
     assert not train_gpt.importable("no_such_package.interface")
 
 
-# ---- the fused MLP ---------------------------------------------------------------------------------------------------
+# ---- the residual stream ---------------------------------------------------------------------------------------------
+DTYPES = [(torch.float32, 1e-5), (torch.float16, 3e-3)]
+dtypes = pytest.mark.parametrize(("dtype", "tolerance"), DTYPES, ids=["fp32", "fp16"])
+
+
+def numbers(*shapes: Sequence[int], dtype: torch.dtype = torch.float32, device: str = "cpu") -> list[Tensor]:
+    g = torch.Generator().manual_seed(sum(map(sum, shapes)))
+    return [torch.randn(tuple(s), generator=g).to(device, dtype) for s in shapes]
+
+
+STREAM_OPS = {  # fused, specification, shapes after the first
+    "norm": (lambda x: FUSED.mean_norm(x, None), mean_norm, 1, 0),
+    "mean_norm": (FUSED.mean_norm, mean_norm, 2, 0),
+    "merge": (FUSED.merge, merge_skip, 2, 2),
+}
+
+
 @needs_triton
 @interpreted
+@dtypes
+@pytest.mark.parametrize("d", [1, 24, 512, 700])
+@pytest.mark.parametrize("op", STREAM_OPS)
+def test_interpreted_stream(op: str, d: int, dtype: torch.dtype, tolerance: float) -> None:
+    fused, plain, streams, rows = STREAM_OPS[op]
+    inputs = numbers(*[(3, 5, d)] * streams, *[(d,)] * rows, dtype=dtype)
+    ours = value_and_gradients(fused, *inputs)
+    exact = value_and_gradients(plain, *(t.float() for t in inputs))
+    for a, b in zip(ours, exact, strict=True):
+        assert a.dtype == dtype
+        assert (a.float() - b).norm() <= tolerance * (1 + b.norm())
+
+
+@gpu
+@needs_cuda
+@needs_triton
+@pytest.mark.parametrize("op", STREAM_OPS)
+def test_fused_stream(op: str) -> None:
+    fused, plain, streams, rows = STREAM_OPS[op]
+    inputs = numbers(*[(2, 3001, 512)] * streams, *[(512,)] * rows, dtype=torch.bfloat16, device="cuda")
+    within_twice_the_error(fused, plain, inputs, [str(i) for i in range(streams + rows)])
+
+
+# ---- the MLP's products ----------------------------------------------------------------------------------------------
+def mlp_products(x: Tensor, up: Tensor, grad: Tensor, down: Tensor) -> list[Tensor]:
+    """Both kernels: pre-activation, activation, and the gradient of the former from that of the output."""
+    pre, act = train_gpt.up_leaky(x, up)
+    return [pre, act, train_gpt.down_leaky(grad, down, pre)]
+
+
+def plain_products(x: Tensor, up: Tensor, grad: Tensor, down: Tensor) -> list[Tensor]:
+    pre = (x @ up.T).requires_grad_()
+    act = train_gpt.leaky_square(pre)
+    return [pre.detach(), act.detach(), *torch.autograd.grad(act, pre, grad @ down)]
+
+
+def product_inputs(m: int, d: int, f: int, dtype: torch.dtype, device: str = "cpu") -> list[Tensor]:
+    x, up, down = mlp_inputs(m, d, f, dtype, device)
+    return [x, up, torch.roll(x, 1, 0), down]
+
+
+@needs_triton
+@interpreted
+@dtypes
 @pytest.mark.parametrize("size", ODD_SIZES, ids=str)
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float16, 3e-3)], ids=["fp32", "fp16"])
-def test_interpreted_mlp(size: tuple[int, int, int], dtype: torch.dtype, tolerance: float) -> None:
+def test_interpreted_mlp_products(size: tuple[int, int, int], dtype: torch.dtype, tolerance: float) -> None:
     """bfloat16 is left to the GPU: the interpreter's products of it are not to be trusted."""
-    inputs = mlp_inputs(*size, dtype)
-    fused = value_and_gradients(mlp_fused, *inputs)
-    exact = value_and_gradients(mlp_spec, *(t.float() for t in inputs))
-    for name, ours, want in zip(("out", "x", "up", "down"), fused, exact, strict=True):
-        assert ours.dtype == dtype
-        assert relative_error(ours, want) < tolerance, name
+    inputs = product_inputs(*size, dtype)
+    ours, exact = mlp_products(*inputs), plain_products(*(t.float() for t in inputs))
+    for name, a, b in zip(("pre", "act", "d_pre"), ours, exact, strict=True):
+        assert a.dtype == dtype
+        assert relative_error(a, b) < tolerance, name
 
 
+@gpu
+@needs_cuda
 @needs_triton
-@interpreted
-def test_interpreted_mlp_takes_rows_of_any_layout() -> None:
-    x, up, down = mlp_inputs(24, 16, 40, torch.float32)
-    odd = [x.view(2, 3, 4, 16).transpose(0, 1), up.t().contiguous().t(), down.t().contiguous().t()]
-    fused, plain = value_and_gradients(mlp_fused, *odd), value_and_gradients(mlp_spec, *odd)
-    assert fused[0].shape == (3, 2, 4, 16)
-    assert all(relative_error(a, b) < 1e-5 for a, b in zip(fused, plain, strict=True))
+@pytest.mark.parametrize("size", [*ODD_SIZES[1:3], *LARGE_SIZES], ids=str)
+def test_mlp_products(size: tuple[int, int, int]) -> None:
+    inputs = product_inputs(*size, torch.bfloat16, "cuda")
+    ours, plain = mlp_products(*inputs), plain_products(*inputs)
+    exact = plain_products(*(t.float() for t in inputs))
+    for name, a, b, c in zip(("pre", "act", "d_pre"), ours, plain, exact, strict=True):
+        assert relative_error(a.cpu(), c.cpu()) <= 2 * relative_error(b.cpu(), c.cpu()) + 1e-6, name
 
 
-@needs_triton
-@interpreted
-def test_interpreted_mlp_skips_gradients_nobody_wants() -> None:
-    x, up, down = mlp_inputs(9, 16, 24, torch.float32)
-    x.requires_grad_()
-    mlp_fused(x, up, down).sum().backward()
-    assert x.grad is not None
-    assert up.grad is down.grad is None
+# ---- fused blocks in a model -----------------------------------------------------------------------------------------
+MODELS: dict[str, dict[str, Any]] = {
+    "record": {},
+    "own value stays": dict(xsa_last_n=2),
+    "no head gates": dict(gated_attn_enabled=False),
+    "one lane leaves": dict(parallel_final_lane="attn"),
+    "serial": dict(parallel_start_layer=0),
+    "skips added": dict(skip_gates_enabled=False),
+    "narrow gates, smear": dict(attn_out_gate_enabled=True, smear_gate_enabled=True),
+    "narrow gates read q": dict(attn_out_gate_enabled=True, attn_out_gate_src="q"),
+    "all heads own": dict(num_kv_heads=4),
+}
 
 
-@needs_triton
-@interpreted
-def test_interpreted_model_is_the_plain_model() -> None:
-    plain = tiny_model()
-    fused = GPT(plain.cfg, SPEC._replace(mlp=mlp_fused))
+def plain_and_fused(changes: dict[str, Any]) -> tuple[GPT, GPT]:
+    plain = tiny_model(**changes)
+    fused = GPT(plain.cfg, FUSED)
     fused.load_state_dict(plain.state_dict())
-    tokens, docs = torch.from_numpy(documents((9, 8)).astype("int64"))[None], packed((9, 8))
+    plain.looped = fused.looped = True
+    return plain, fused
+
+
+@needs_triton
+@interpreted
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("dense", [False, True], ids=["packed", "rows"])
+def test_interpreted_model_is_the_plain_model(name: str, dense: bool) -> None:
+    tokens, docs = torch.from_numpy(documents((9, 7)).astype("int64"))[None], packed((9, 7))
+    if dense:
+        tokens, docs = tokens.view(2, 8), None
+    models = plain_and_fused(MODELS[name])
     losses = []
-    for model in (plain, fused):
-        model.looped = True
+    for model in models:
         loss = model(tokens, tokens.roll(-1, 1), docs=docs)
         loss.backward()
         losses.append(loss.item())
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
-    for (name, a), b in zip(plain.named_parameters(), fused.parameters(), strict=True):
-        assert relative_error(b.grad, a.grad) < 1e-4, name
+    for (key, a), b in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
+        if a.grad is None:
+            assert b.grad is None, key
+        else:
+            assert relative_error(b.grad, a.grad) < 1e-4, key
+
+
+@needs_triton
+@interpreted
+@pytest.mark.parametrize("name", ["record", "narrow gates, smear", "one lane leaves"])
+def test_interpreted_adapters_learn_the_same(name: str) -> None:
+    """Frozen weights, low-rank pairs at every site: the path of test-time training."""
+    tokens = torch.from_numpy(documents((8, 8)).astype("int64")).view(2, 8)
+    results = []
+    for model in plain_and_fused(MODELS[name]):
+        model.requires_grad_(False)
+        adapters = train_gpt.Adapters(model.cfg, 2, len(model.plan))
+        g = torch.Generator().manual_seed(3)
+        for t in adapters.parameters():
+            t += 0.1 * torch.randn(t.shape, generator=g)
+        adapters.requires_grad()
+        losses = model(tokens, tokens.roll(-1, 1), adapters=adapters, reduction="none")
+        losses.sum().backward()
+        results.append({"loss": losses.detach(), **{k: t.grad for k, t in adapters.tensors.items()}})
+    for key, want in results[0].items():
+        assert relative_error(results[1][key], want) < 1e-4, key
+
+
+@needs_triton
+@interpreted
+def test_interpreted_scoring_needs_no_gradients() -> None:
+    tokens, docs = torch.from_numpy(documents((9, 7)).astype("int64"))[None], packed((9, 7))
+    with torch.no_grad():
+        plain, fused = (m(tokens, tokens.roll(-1, 1), docs=docs, reduction="none") for m in plain_and_fused({}))
+    assert torch.allclose(plain, fused, atol=1e-5)
 
 
 def within_twice_the_error(
@@ -166,14 +270,6 @@ def within_twice_the_error(
     for name, a, b, c in zip(("out", *names), ours, same_dtype, exact, strict=True):
         assert torch.isfinite(a).all(), name
         assert relative_error(a.cpu(), c.cpu()) <= 2 * relative_error(b.cpu(), c.cpu()) + 1e-6, name
-
-
-@gpu
-@needs_cuda
-@needs_triton
-@pytest.mark.parametrize("size", [*ODD_SIZES[1:3], *LARGE_SIZES], ids=str)
-def test_fused_mlp(size: tuple[int, int, int]) -> None:
-    within_twice_the_error(mlp_fused, mlp_spec, mlp_inputs(*size, torch.bfloat16, "cuda"), ("x", "up", "down"))
 
 
 # ---- attention -------------------------------------------------------------------------------------------------------
@@ -214,8 +310,8 @@ def losses_and_gradients(model: GPT, lengths: Sequence[int]) -> tuple[float, dic
 @needs_cuda
 @pytest.mark.slow
 @pytest.mark.parametrize("looped", [False, True], ids=["plain", "looped"])
-def test_compiled_model_is_the_specification(looped: bool) -> None:
-    changes: dict[str, Any] = dict(model_dim=256, rope_dims=16, smear_gate_enabled=True, attn_out_gate_enabled=True)
+def test_chosen_model_is_the_specification(looped: bool) -> None:
+    changes: dict[str, Any] = dict(model_dim=256, rope_dims=16)
     cuda, exact = torch.device("cuda"), tiny_model(**changes).cuda()
     results = {}
     models = {
@@ -229,7 +325,7 @@ def test_compiled_model_is_the_specification(looped: bool) -> None:
         if name != "exact":
             model.place(cuda)
         results[name] = losses_and_gradients(model, (120, 33, 1, 102))
-    assert models["chosen"].kernels.compiled
+    assert models["chosen"].kernels.fused
     loss, grads = results["exact"]
     assert abs(results["chosen"][0] - loss) <= 2 * abs(results["plain"][0] - loss) + 5e-3 * loss
     for name, want in grads.items():
