@@ -945,8 +945,9 @@ if triton is not None:
         g_ptr, dn_ptr, n_ptr, rstd_ptr, x_ptr, x0_ptr, mix_ptr, carry_ptr, keep_ptr, g0_ptr, dx_ptr, dx0_ptr, dmix_ptr,
         scale, factor, M, D, ROWS: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip  # noqa: PLR0913
-        """du = g + norm's gradient; dx = mix0 du (without x0: factor du) + keep carry; dx0 = g0 + mix1 du; dmix: sums of du x and du x0.
+        """du = g + norm's gradient; dx = mix0 du (without a mix: factor du) + keep carry; dx0 = g0 + mix1 du.
 
+        dmix: sums over rows of du x and du x0.
         g, carry (gradients that reach u and x past the norm), keep (their factor, 1 without) and g0 may be absent.
         """
         col = tl.arange(0, BLOCK)
@@ -1043,7 +1044,9 @@ if triton is not None:
         tl.store(out + 5, tl.sum(post11, 0))
 
     @triton.jit
-    def merge_kernel(x_ptr, kept_ptr, weight_ptr, gate_ptr, out_ptr, M, D, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    def merge_kernel(  # noqa: PLR0913
+        x_ptr, kept_ptr, weight_ptr, gate_ptr, out_ptr, M, D, ROWS: tl.constexpr, BLOCK: tl.constexpr
+    ):  # noqa: PLR0913
         """`merge_skip` with a gate."""
         row, col = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK)
         inside = (row[:, None] < M) & (col[None, :] < D)
@@ -1124,7 +1127,7 @@ def mix_norm_backward(  # noqa: PLR0913
     mix_norm_backward_kernel[(programs,)](
         more.g, dn, n, rstd, x, x0, mix, more.carry, more.keep, more.g0, dx, dx0, sums, scale, factor, len(rstd), d,
         **tile,
-    )
+    )  # fmt: skip
     return dx, dx0, sums.sum(0).to(mix.dtype) if inputs else None
 
 
@@ -1192,6 +1195,237 @@ def lanes_backward(gx: Tensor, gl: Tensor, x: Tensor, lane: Tensor, a: Tensor, b
     return da, db, sums[:2], sums[2:].view(2, 2)
 
 
+# ---- heads: norm, rotation and gain before attention, own value and gate after it ------------------------------------
+# The merged projection (N, W) has rows of H K queries | G K keys | G K values | H gate logits, if heads have gates.
+# A tile is (ROWS, K): a row is one head of one token, 128 contiguous bytes at K = 64 in bf16, read by 8 lanes of 16
+# bytes, so that a reduction over K is three shuffles. Strides are constexpr: the compiler sees that they keep the
+# 16-byte alignment (as runtime integers only multiples of 16 would tell it, and W = 1032 is none).
+HEAD_ROWS, HEAD_WARPS = 64, 4  # forward; backward takes half the rows
+
+if triton is not None:
+
+    @triton.jit
+    def rotary_columns(cos_ptr, sin_ptr, position, c, mask, HALF: tl.constexpr):
+        """What makes a row's rotation elementwise: rotate(x) = x * cos + x[partner] * sin, its transpose has -sin.
+
+        Columns beyond the rotated ones have cosine 1 and sine 0; `turned` masks the loads of partners to the others.
+        """
+        turned = mask & (c < 2 * HALF)[None, :]
+        at = position[:, None] * HALF + (c % max(HALF, 1))[None, :]
+        cos = tl.load(cos_ptr + at, mask=turned, other=1.0).to(tl.float32)
+        sin = tl.load(sin_ptr + at, mask=turned, other=0.0).to(tl.float32)
+        return cos, tl.where((c < HALF)[None, :], sin, -sin), tl.where(c < HALF, c + HALF, c - HALF), turned
+
+    @triton.jit
+    def prepare_kernel(  # noqa: PLR0913
+        qkv_ptr, gain_ptr, cos_ptr, sin_ptr, q_ptr, k_ptr, n_rows, length,
+        STRIDE: tl.constexpr, H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, HALF: tl.constexpr,
+        EPS: tl.constexpr, COLS: tl.constexpr, ROWS: tl.constexpr,
+    ):  # fmt: skip
+        """Rows are the H + G query and key heads of each token. Reads 1.5 S, writes 1.5 S."""
+        row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+        head = row % (H + G)
+        position = (row // (H + G)) % length
+        token = (row // (H + G)).to(tl.int64)
+        c = tl.arange(0, COLS)
+        real = row < n_rows
+        mask = real[:, None] & (c < K)[None, :]
+        raw = qkv_ptr + token * STRIDE + head * K
+        cos, sin, partner, turned = rotary_columns(cos_ptr, sin_ptr, position, c, mask, HALF)
+        # The partner's column comes by a second load of the same line (16 of 128 bytes twice), from the L1 cache.
+        x = tl.load(raw[:, None] + c[None, :], mask=mask, other=0.0).to(tl.float32)
+        other = tl.load(raw[:, None] + partner[None, :], mask=turned, other=0.0).to(tl.float32)
+        scale = tl.rsqrt(tl.sum(x * x, 1) / K + EPS)
+        scale *= tl.load(gain_ptr + head, mask=real & (head < H), other=1.0).to(tl.float32)
+        out = (x * cos + other * sin) * scale[:, None]
+        to = tl.where(head < H, q_ptr + (token * H + head) * K, k_ptr + (token * G + head - H) * K)
+        tl.store(to[:, None] + c[None, :], out.to(q_ptr.dtype.element_ty), mask=mask)
+
+    @triton.jit
+    def prepare_backward_kernel(  # noqa: PLR0913
+        qkv_ptr, gain_ptr, cos_ptr, sin_ptr, dq_ptr, dk_ptr, dv_ptr, dqkv_ptr, dgain_ptr, n_rows, length,
+        STRIDE: tl.constexpr, D_STRIDE: tl.constexpr, H: tl.constexpr, G: tl.constexpr, K: tl.constexpr,
+        HALF: tl.constexpr, EPS: tl.constexpr, ADD_VALUES: tl.constexpr, COLS: tl.constexpr, HEADS: tl.constexpr,
+        ROWS: tl.constexpr,
+    ):  # fmt: skip
+        """Rows are all H + 2G heads of each token: query and key rows of d_qkv are written, dv is added to value rows.
+
+        Recomputes the root mean square from the raw row. Reads 1.5 S raw, 2 S of dq, dk, dv and the 0.5 S that the
+        gate's backward left in the value columns; writes 2 S.
+        """
+        row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+        head = row % (H + 2 * G)
+        position = (row // (H + 2 * G)) % length
+        token = (row // (H + 2 * G)).to(tl.int64)
+        c = tl.arange(0, COLS)
+        real = row < n_rows
+        is_value = head >= H + G
+        mask = real[:, None] & (c < K)[None, :]
+        cos, sin, partner, turned = rotary_columns(
+            cos_ptr, sin_ptr, position, c, mask & (head < H + G)[:, None], HALF
+        )
+        # One load each for three kinds of rows: the pointer tells them apart. x: raw queries and keys, or the values'
+        # own part of the gradient, already in place; g: dq, dk or dv.
+        to = dqkv_ptr + token * D_STRIDE + head * K
+        x_at = tl.where(is_value, to, qkv_ptr + token * STRIDE + head * K)
+        g_at = tl.where(is_value, dv_ptr + (token * G + head - H - G) * K, dk_ptr + (token * G + head - H) * K)
+        g_at = tl.where(head < H, dq_ptr + (token * H + head) * K, g_at)
+        x_mask = mask if ADD_VALUES else mask & (head < H + G)[:, None]
+        x = tl.load(x_at[:, None] + c[None, :], mask=x_mask, other=0.0).to(tl.float32)
+        g = tl.load(g_at[:, None] + c[None, :], mask=mask, other=0.0).to(tl.float32)
+        g_other = tl.load(g_at[:, None] + partner[None, :], mask=turned, other=0.0).to(tl.float32)
+        # out = gain * R(x * inv), u = R^T g: d_gain = inv * (u . x), dx = gain * inv * (u - x * inv^2 * (u . x) / K)
+        u = g * cos - g_other * sin
+        inv = tl.rsqrt(tl.sum(x * x, 1) / K + EPS)
+        dot = tl.sum(u * x, 1)
+        gain = tl.load(gain_ptr + head, mask=real & (head < H), other=1.0).to(tl.float32)
+        dx = (gain * inv)[:, None] * (u - x * (inv * inv * dot / K)[:, None])
+        dx = tl.where(is_value[:, None], x + g, dx)
+        tl.store(to[:, None] + c[None, :], dx.to(dqkv_ptr.dtype.element_ty), mask=mask)
+        h = tl.arange(0, HEADS)
+        partial = tl.sum(tl.where(head[:, None] == h[None, :], (inv * dot)[:, None], 0.0), 0)
+        tl.store(dgain_ptr + tl.program_id(0) * H + h, partial, mask=h < H)
+
+    @triton.jit
+    def own_value(v_ptr, token, group, c, mask, STRIDE: tl.constexpr, K: tl.constexpr):
+        """The unit value row of each token and group, and 1 / max(norm, 1e-12): negative where the norm is smaller."""
+        v = tl.load(v_ptr + (token * STRIDE + group * K)[:, None] + c[None, :], mask=mask, other=0.0).to(tl.float32)
+        norm = tl.sqrt(tl.sum(v * v, 1))
+        inverse = 1 / tl.maximum(norm, 1e-12)
+        return v * inverse[:, None], inverse, norm > 1e-12
+
+    @triton.jit
+    def gate_kernel(  # noqa: PLR0913
+        y_ptr, v_ptr, logits_ptr, out_ptr, n_rows,
+        V_STRIDE: tl.constexpr, L_STRIDE: tl.constexpr, H: tl.constexpr, G: tl.constexpr, K: tl.constexpr,
+        OWN: tl.constexpr, GATED: tl.constexpr, COLS: tl.constexpr, ROWS: tl.constexpr,
+    ):  # fmt: skip
+        """Rows are the G groups of each token; a group's H / G heads follow one another. Reads 1.5 S, writes 1 S."""
+        row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+        token, group = (row // G).to(tl.int64), row % G
+        c = tl.arange(0, COLS)
+        real = row < n_rows
+        mask = real[:, None] & (c < K)[None, :]
+        if OWN:
+            own, _, _ = own_value(v_ptr, token, group, c, mask, V_STRIDE, K)
+        for j in tl.static_range(H // G):
+            head = group * (H // G) + j
+            at = (token * H + head)[:, None] * K + c[None, :]
+            y = tl.load(y_ptr + at, mask=mask, other=0.0).to(tl.float32)
+            if OWN:
+                y -= tl.sum(y * own, 1)[:, None] * own
+            if GATED:
+                logit = tl.load(logits_ptr + token * L_STRIDE + head, mask=real, other=0.0).to(tl.float32)
+                y *= tl.sigmoid(logit)[:, None]
+            tl.store(out_ptr + at, y.to(out_ptr.dtype.element_ty), mask=mask)
+
+    @triton.jit
+    def gate_backward_kernel(  # noqa: PLR0913
+        grad_ptr, y_ptr, v_ptr, logits_ptr, dy_ptr, dv_ptr, dlogits_ptr, n_rows,
+        V_STRIDE: tl.constexpr, L_STRIDE: tl.constexpr, DV_STRIDE: tl.constexpr, DL_STRIDE: tl.constexpr,
+        H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, OWN: tl.constexpr, GATED: tl.constexpr,
+        COLS: tl.constexpr, ROWS: tl.constexpr,
+    ):  # fmt: skip
+        """Tiles as in the forward. Recomputes the unit value and the gate; reads 2.5 S, writes 1.5 S."""
+        row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+        token, group = (row // G).to(tl.int64), row % G
+        c = tl.arange(0, COLS)
+        real = row < n_rows
+        mask = real[:, None] & (c < K)[None, :]
+        if OWN:
+            own, inverse, unit = own_value(v_ptr, token, group, c, mask, V_STRIDE, K)
+            d_own = tl.zeros((ROWS, COLS), tl.float32)
+            radial = tl.zeros((ROWS,), tl.float32)
+        for j in tl.static_range(H // G):
+            head = group * (H // G) + j
+            at = (token * H + head)[:, None] * K + c[None, :]
+            grad = tl.load(grad_ptr + at, mask=mask, other=0.0).to(tl.float32)
+            y = tl.load(y_ptr + at, mask=mask, other=0.0).to(tl.float32)
+            dot = tl.sum(grad * y, 1)
+            if GATED:
+                logit = tl.load(logits_ptr + token * L_STRIDE + head, mask=real, other=0.0).to(tl.float32)
+                gate = tl.sigmoid(logit)
+            else:
+                gate = tl.full((ROWS,), 1.0, tl.float32)
+            dy = grad
+            if OWN:  # out = gate * (y - (y . own) own)
+                along_y, along_grad = tl.sum(y * own, 1), tl.sum(grad * own, 1)
+                dot -= along_y * along_grad
+                dy -= along_grad[:, None] * own
+                d_own -= (gate * along_y)[:, None] * grad + (gate * along_grad)[:, None] * y
+                radial -= 2 * gate * along_y * along_grad  # d_own . own
+            dy *= gate[:, None]
+            tl.store(dy_ptr + at, dy.to(dy_ptr.dtype.element_ty), mask=mask)
+            if GATED:
+                d_logit = dot * gate * (1 - gate)
+                tl.store(dlogits_ptr + token * DL_STRIDE + head, d_logit.to(dlogits_ptr.dtype.element_ty), mask=real)
+        if OWN:
+            dv = inverse[:, None] * (d_own - tl.where(unit, radial, 0.0)[:, None] * own)
+            dv_at = dv_ptr + (token * DV_STRIDE + group * K)[:, None] + c[None, :]
+            tl.store(dv_at, dv.to(dv_ptr.dtype.element_ty), mask=mask)
+
+
+def head_columns(merged: Tensor, layer: Layer) -> tuple[Tensor, Tensor | None]:
+    """Values (N, G, K) and gate logits (N, H), or None, as views of the merged projection (..., W)."""
+    flat, (_, v_at, gates_at) = merged.flatten(0, -2), layer.columns
+    logits = flat[:, gates_at:] if flat.size(1) > gates_at else None
+    return flat[:, v_at:gates_at].unflatten(1, (-1, layer.head_dim)), logits
+
+
+def prepare_forward(merged: Tensor, gain: Tensor, rope: tuple[Tensor, Tensor], layer: Layer) -> tuple[Tensor, Tensor]:
+    """-> queries (N, H, K), normed, rotated and scaled, and keys (N, G, K), normed and rotated."""
+    flat, (cos, sin) = merged.flatten(0, -2), rope
+    n, h, g, k = len(flat), layer.heads, layer.kv_heads, layer.head_dim
+    queries, keys = flat.new_empty(n, h, k), flat.new_empty(n, g, k)
+    prepare_kernel[(triton.cdiv(n * (h + g), HEAD_ROWS),)](
+        flat, gain, cos, sin, queries, keys, n * (h + g), len(cos), flat.stride(0), h, g, k, cos.size(-1), RMS_EPS,
+        triton.next_power_of_2(k), HEAD_ROWS, num_warps=HEAD_WARPS,
+    )  # fmt: skip
+    return queries, keys
+
+
+def prepare_backward(  # noqa: PLR0913
+    merged: Tensor, d_merged: Tensor, grads: Sequence[Tensor], gain: Tensor, rope: tuple[Tensor, Tensor], layer: Layer
+) -> Tensor:  # noqa: PLR0913
+    """Writes the query and key columns of d_merged (..., W), adds dv to its value columns; -> gradient of the gain."""
+    flat, d_flat, (cos, sin) = merged.flatten(0, -2), d_merged.flatten(0, -2), rope
+    n, h, g, k = len(flat), layer.heads, layer.kv_heads, layer.head_dim
+    rows = HEAD_ROWS // 2
+    programs = triton.cdiv(n * (h + 2 * g), rows)
+    partial = flat.new_empty(programs, h, dtype=torch.float32)  # no atomics: the same sum every time
+    prepare_backward_kernel[(programs,)](
+        flat, gain, cos, sin, *(t.contiguous() for t in grads), d_flat, partial, n * (h + 2 * g), len(cos),
+        flat.stride(0), d_flat.stride(0), h, g, k, cos.size(-1), RMS_EPS, layer.exclude_own_value,
+        triton.next_power_of_2(k), triton.next_power_of_2(h), rows, num_warps=HEAD_WARPS,
+    )  # fmt: skip
+    return partial.sum(0).to(gain.dtype)
+
+
+def gate_forward(y: Tensor, merged: Tensor, layer: Layer) -> Tensor:
+    """y (N, H, K) -> (..., H K): without each head's own value, times the head's gate."""
+    v, logits = head_columns(merged, layer)
+    out = y.new_empty(*merged.shape[:-1], y.size(1) * y.size(2))
+    (n, h, k), g, gated, rows = y.shape, v.size(1), logits is not None, HEAD_ROWS // 2
+    gate_kernel[(triton.cdiv(n * g, rows),)](
+        y, v, logits if gated else y, out, n * g, v.stride(0), logits.stride(0) if gated else 0, h, g, k,
+        layer.exclude_own_value, gated, triton.next_power_of_2(k), rows, num_warps=HEAD_WARPS,
+    )  # fmt: skip
+    return out
+
+
+def gate_backward(grad: Tensor, y: Tensor, merged: Tensor, d_merged: Tensor, layer: Layer) -> Tensor:
+    """-> gradient of y (N, H, K); writes the values' own part and the logits' to their columns of d_merged."""
+    (v, logits), (dv, d_logits) = head_columns(merged, layer), head_columns(d_merged, layer)
+    (n, h, k), g, gated, rows, dy = y.shape, v.size(1), logits is not None, HEAD_ROWS // 2, torch.empty_like(y)
+    l_stride, dl_stride = (t.stride(0) if gated else 0 for t in (logits, d_logits))
+    gate_backward_kernel[(triton.cdiv(n * g, rows),)](
+        grad, y, v, logits if gated else y, dy, dv, d_logits if gated else dy, n * g, v.stride(0), l_stride,
+        dv.stride(0), dl_stride, h, g, k, layer.exclude_own_value, gated, triton.next_power_of_2(k), rows,
+        num_warps=HEAD_WARPS,
+    )  # fmt: skip
+    return dy
+
+
 def softcapped_logits(hidden: Tensor, embedding: Tensor, cap: float) -> Tensor:
     """hidden (..., D), embedding (V, D) -> logits (..., V) in float32, bounded by +-cap (arXiv 2408.00118)."""
     return cap * torch.tanh(F.linear(hidden, embedding).float() / cap)
@@ -1201,6 +1435,71 @@ def softcapped_loss(hidden: Tensor, embedding: Tensor, targets: Tensor, cap: flo
     """Cross-entropy in nats per token, float32, in the shape of `targets`."""
     logits = softcapped_logits(hidden, embedding, cap)
     return F.cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction="none").view_as(targets)
+
+
+if triton is not None:
+
+    @triton.jit
+    def softcap_kernel(
+        z_ptr, targets_ptr, loss_ptr, cap,
+        V: tl.constexpr, BLOCK: tl.constexpr, BOUNDED: tl.constexpr, GRADIENT: tl.constexpr,
+    ):  # fmt: skip
+        """One row of V logits per program, in registers: reads it once and, for a gradient, writes it once."""
+        row = tl.program_id(0).to(tl.int64)
+        v = tl.arange(0, BLOCK)
+        target = tl.load(targets_ptr + row)
+        z_target = tl.load(z_ptr + row * V + target).to(tl.float32)
+        z = tl.load(z_ptr + row * V + v, mask=v < V, other=0.0).to(tl.float32)
+        t = 1 - 2 / (tl.exp(z * (2 / cap)) + 1)  # tanh; exact to 1e-7, and to +-1 where the exponential leaves float32
+        c = tl.where(v < V, cap * t, -float("inf"))
+        top = cap if BOUNDED else tl.max(c, 0)
+        e = tl.exp(c - top)
+        total = tl.sum(e, 0)
+        tl.store(loss_ptr + row, tl.log(total) + top - cap * (1 - 2 / (tl.exp(z_target * (2 / cap)) + 1)))
+        if GRADIENT:
+            dz = (e * (1 / total) - tl.where(v == target, 1.0, 0.0)) * (1 - t * t)
+            tl.store(z_ptr + row * V + v, dz.to(z_ptr.dtype.element_ty), mask=v < V)
+
+
+def _softcap(z: Tensor, targets: Tensor, cap: float, gradient: bool) -> Tensor:
+    """Losses (N,) of the logits z (N, V) before their cap; with `gradient` z becomes d loss / dz."""
+    (n, vocab), loss = z.shape, z.new_empty(len(z), dtype=torch.float32)
+    block = triton.next_power_of_2(vocab)
+    # 32 logits a thread; without a cap up to 40 exp(c - cap) could vanish, so the row's maximum replaces it.
+    warps = min(max(block // 1024, 1), 32)
+    softcap_kernel[(n,)](z, targets, loss, cap, vocab, block, cap <= 40, gradient, num_warps=warps)
+    return loss
+
+
+class FusedLoss(torch.autograd.Function):
+    """`softcapped_loss` with the (N, V) logits moved twice: the forward kernel has each row in registers anyway and
+    overwrites it with d loss / dz. The upstream gradient, one number a token, scales the narrow sides of both products.
+
+    Saves that matrix in the logits' memory; backward recomputes nothing and runs two products.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, embedding, targets, cap, gradient):
+        z = F.linear(hidden, embedding)
+        loss = _softcap(z, targets, cap, gradient)
+        if gradient:
+            ctx.save_for_backward(hidden, embedding, z)
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad):
+        hidden, embedding, dz = ctx.saved_tensors
+        grad = grad[:, None]  # float32: the products below round once, to the activations' dtype
+        d_hidden = (dz @ embedding).mul_(grad) if ctx.needs_input_grad[0] else None
+        if ctx.needs_input_grad[1]:
+            return d_hidden, dz.t() @ torch.mul(hidden, grad, out=torch.empty_like(hidden)), None, None, None
+        return d_hidden, None, None, None, None
+
+
+def softcapped_loss_fused(hidden: Tensor, embedding: Tensor, targets: Tensor, cap: float) -> Tensor:
+    gradient = torch.is_grad_enabled() and (hidden.requires_grad or embedding.requires_grad)
+    flat = hidden.flatten(0, -2).contiguous()
+    return FusedLoss.apply(flat, embedding.contiguous(), targets.flatten(), float(cap), gradient).view(targets.shape)
 
 
 def orthogonalize(update: Tensor, steps: int) -> Tensor:
@@ -1665,7 +1964,7 @@ def _attend_forward(
     parts = merged.tensor_split((k_at, v_at, gates_at), dim=-1)
     zs = [_low_rank_forward(part, n, d) for part, d in zip(parts, deltas[:3], strict=False)]
     q, k = prepare_forward(merged, w.q_gain, ctx.rope, layer)
-    v = parts[2].unflatten(-1, (-1, layer.head_dim)).flatten(0, 1)
+    v, _ = head_columns(merged, layer)
     out, state = ctx.attention.forward(q, k, v, ctx.docs)
     y = gate_forward(out, merged, layer)
     a = F.linear(y, w.wo) if u is None else u.flatten(0, -2).addmm_(y.flatten(0, -2), w.wo.t()).view_as(x)
@@ -1676,13 +1975,13 @@ def _attend_forward(
 def _attend_backward(
     grad: Tensor, saved: Sequence[Tensor | None], state: Any, w: LayerWeights, call: BlockCall, deltas: Deltas,
     train_weights: bool,
-) -> tuple[Tensor, dict[str, Tensor], list[Tensor | None]]:
+) -> tuple[Tensor, dict[str, Tensor], list[Tensor | None]]:  # fmt: skip
     """-> gradient of n, of the weights by name, of q, k, v and bypass deltas (A, B, A, B, ...)."""
     (layer, ctx), (n, _, merged, out, y, *zs) = call, saved
     d_merged = torch.empty_like(merged)
     d_out = gate_backward(grad @ w.wo, out, merged, d_merged, layer)
-    dq, dk, dv = ctx.attention.backward(d_out, out, state, ctx.docs)
-    d_gain = prepare_backward(merged, dq, dk, dv, w.q_gain, ctx.rope, d_merged, layer)
+    d_heads = ctx.attention.backward(d_out, out, state, ctx.docs)
+    d_gain = prepare_backward(merged, d_merged, d_heads, w.q_gain, ctx.rope, layer)
     dn = d_merged @ w.qkv
     parts = (*d_merged.tensor_split(layer.columns, dim=-1)[:3], grad)
     pairs = (*deltas[:3], deltas.attn_bypass)
@@ -1855,7 +2154,7 @@ def choose_kernels(cfg: Config, device: torch.device) -> Kernels:
 
 FUSED = Kernels(
     serial=serial_block_fused, two_lane=two_lane_block_fused, merge=merge_skip_fused, mean_norm=FusedMeanNorm.apply,
-    fused=True,
+    loss=softcapped_loss_fused, fused=True,
 )  # fmt: skip
 
 
@@ -1974,7 +2273,7 @@ class GPT(nn.Module):
             post=self.parallel_post_lambdas.to(dtype),
             keep=self.parallel_resid_lambdas.to(dtype),
         )
-        return [LayerWeights(*row) for row in zip(*(c.unbind(0) if isinstance(c, Tensor) else c for c in columns))]
+        return [LayerWeights(*row) for row in zip(*map(list, columns), strict=True)]
 
     def embed(self, tokens: Tensor) -> Tensor:
         """(B, T) -> (B, T, D), normed."""
