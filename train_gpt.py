@@ -1261,9 +1261,7 @@ if triton is not None:
         real = row < n_rows
         is_value = head >= H + G
         mask = real[:, None] & (c < K)[None, :]
-        cos, sin, partner, turned = rotary_columns(
-            cos_ptr, sin_ptr, position, c, mask & (head < H + G)[:, None], HALF
-        )
+        cos, sin, partner, turned = rotary_columns(cos_ptr, sin_ptr, position, c, mask & (head < H + G)[:, None], HALF)
         # One load each for three kinds of rows: the pointer tells them apart. x: raw queries and keys, or the values'
         # own part of the gradient, already in place; g: dq, dk or dv.
         to = dqkv_ptr + token * D_STRIDE + head * K
@@ -2104,14 +2102,18 @@ class FusedTwoLane(torch.autograd.Function):
         return None, dx, d_lane, dx0, *(grads.get(name) for name in LayerWeights._fields), *d_attend, *d_mlp
 
 
-def serial_block_fused(x, x0, w, layer, ctx, deltas, tap):
+def serial_block_fused(
+    x: Tensor, x0: Tensor, w: LayerWeights, layer: Layer, ctx: Context, deltas: Deltas, tap: Tap | None
+) -> tuple[Tensor, Tensor]:
     """`serial_block` by `FusedSerial`, which has neither taps nor narrow gates."""
     if tap is not None or w.narrow_gate is not None:
         return serial_block(x, x0, w, layer, ctx, deltas, tap)
     return FusedSerial.apply(BlockCall(layer, ctx), x, x0, *_flatten(w, deltas))
 
 
-def two_lane_block_fused(x, lane, x0, w, layer, ctx, deltas, tap):
+def two_lane_block_fused(
+    x: Tensor, lane: Tensor, x0: Tensor, w: LayerWeights, layer: Layer, ctx: Context, deltas: Deltas, tap: Tap | None
+) -> tuple[Tensor, Tensor, Tensor]:
     """`two_lane_block` by `FusedTwoLane`, which has neither taps nor narrow gates."""
     if tap is not None or w.narrow_gate is not None:
         return two_lane_block(x, lane, x0, w, layer, ctx, deltas, tap)
@@ -3364,6 +3366,12 @@ class Chunk(NamedTuple):
     n_bytes: int
 
 
+def upload(values: Sequence[Any], device: torch.device) -> Tensor:
+    """A tensor of numbers from the host, copied when the device gets to it."""
+    t = torch.tensor(values)
+    return t.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else t
+
+
 class TestTimeScorer:
     """Scores batches of documents, each with adapters of its own that learn from what has been scored."""
 
@@ -3428,7 +3436,8 @@ class TestTimeScorer:
         device, width = self.run.device, self.cfg.ttt_chunk_size
         none = Window(0, 0, 0, 0)
         spans = [(d.start + (w or none).start, *(w or none)[1:]) for d, w, _ in parts]
-        start, length, offset, count = torch.tensor(spans, device=device).unsqueeze(-1).unbind(1)  # (N, 1) each
+        # Pinned copies: from pageable memory the host would wait for everything that the device has yet to do.
+        start, length, offset, count = upload(spans, device).unsqueeze(-1).unbind(1)  # (N, 1) each
         longest = max(s[1] for s in spans)
         column = torch.arange(math.ceil(longest / self.window_step) * self.window_step, device=device)
         inputs = torch.where(column < length, self.tokens[(start + column).clamp_max(len(self.tokens) - 1)], BOS).long()
@@ -3439,7 +3448,7 @@ class TestTimeScorer:
         n_bytes = sum(int(self.byte_sums[a + n] - self.byte_sums[a]) for a, n in first)
         more = [m for *_, m in parts]
         n_tokens = sum(n for _, n in first)
-        return Chunk(inputs, targets, at, scored, torch.tensor(more, device=device), any(more), n_tokens, n_bytes)
+        return Chunk(inputs, targets, at, scored, upload(more, device), any(more), n_tokens, n_bytes)
 
 
 class Phase(NamedTuple):

@@ -58,11 +58,11 @@ def test_files_are_ascii(name: str) -> None:
 
 
 def test_signatures_are_annotated() -> None:
-    """Except where autograd and custom operators fix them: those explain themselves by their schemas."""
+    """Except where autograd and Triton fix them."""
     bare = []
     for f in FUNCTIONS:
         decorators = " ".join(map(ast.unparse, f.decorator_list))
-        free = re.search(r"custom_op|register_fake|staticmethod|jit", decorators) or f.name.startswith("_fa4")
+        free = re.search(r"staticmethod|jit", decorators)
         arguments = [a for a in (*f.args.args, *f.args.kwonlyargs) if a.arg not in ("self", "cls")]
         returns = f.returns is not None or f.name == "__init__"
         if not free and not (returns and all(a.annotation for a in arguments)):
