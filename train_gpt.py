@@ -195,6 +195,7 @@ class Config:
     ttt_lora_lr: float = 1e-4            # adapter learning rate
     ttt_chunk_size: int = 48             # tokens scored before each update
     ttt_eval_seq_len: int = 2048         # context window
+    ttt_context: str = "rerun"           # rerun: each chunk sees its window anew; cached: keys and values are kept
     ttt_batch_size: int = 64             # documents side by side
     ttt_grad_steps: int = 1              # updates per chunk
     ttt_weight_decay: float = 0.5        # decoupled, adapters
@@ -332,6 +333,7 @@ def config_rules(c: Config) -> list[tuple[bool, str]]:
         device=("auto", "cuda", "cpu"), compute_dtype=("auto", "bfloat16", "float32"), kernels=("auto", "spec"),
         attention=("auto", *ATTENTION_KINDS), parallel_final_lane=("mean", "attn", "mlp"),
         attn_out_gate_src=("proj", "q"), compressor=tuple(COMPRESSORS), ttt_optimizer=("adam", "sgd"),
+        ttt_context=("rerun", "cached"),
         from_stage=("", *STAGES[1:]),
     )  # fmt: skip
     named = [
@@ -365,6 +367,9 @@ def config_rules(c: Config) -> list[tuple[bool, str]]:
         (in_lanes, "a looped layer in the two-lane part loses a branch: set LOOP_END below PARALLEL_START_LAYER"),
         (c.gate_window > c.model_dim, "GATE_WINDOW must be at most MODEL_DIM"),
         (c.ttt_eval_seq_len < c.ttt_chunk_size, "TTT_EVAL_SEQ_LEN must be at least TTT_CHUNK_SIZE"),
+        (c.ttt_context == "cached" and (c.smear_gate_enabled or c.rope_yarn),
+         "TTT_CONTEXT=cached knows neither the token before a chunk nor the length of the row: set it to rerun, or "
+         "SMEAR_GATE_ENABLED=0 and ROPE_YARN=0"),
         (c.global_ttt_chunk_tokens < c.eval_seq_len, "GLOBAL_TTT_CHUNK_TOKENS must be at least EVAL_SEQ_LEN"),
         (not 2 <= c.matrix_bits <= 8 or not 2 <= c.embed_bits <= 8, "MATRIX_BITS and EMBED_BITS must lie in 2..8"),
         (not 0 < c.val_doc_fraction <= 1, "VAL_DOC_FRACTION must lie in (0, 1]"),
@@ -709,6 +714,12 @@ class Docs(NamedTuple):
 
     cu_seqlens: Tensor  # int32, ascending from 0 to T, padded with T to a fixed length
     max_len: int  # no piece is longer
+    key_cu: Tensor | None = None  # the same of keys and values, where there are more of them than queries
+    key_max: int = 0
+
+    @property
+    def keys(self) -> tuple[Tensor, int]:
+        return (self.cu_seqlens, self.max_len) if self.key_cu is None else (self.key_cu, self.key_max)
 
 
 RMS_EPS = 1.2e-7  # float32's, written out so that every device and PyTorch version uses the same
@@ -720,16 +731,20 @@ def rms(x: Tensor) -> Tensor:
 
 
 def dense_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Causal attention of whole rows. q (B, T, H, K), k and v (B, T, G, K) -> (B, T, H, K)."""
+    """Causal attention of whole rows. q (B, T, H, K), k and v (B, S, G, K) -> (B, T, H, K): q are the last T of S."""
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    grouped = q.size(1) != k.size(1)
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped).transpose(1, 2)
+    (t, s), grouped = (q.size(2), k.size(2)), q.size(1) != k.size(1)
+    mask = None if t == s else torch.ones(t, s, dtype=torch.bool, device=q.device).tril(s - t)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
+    return out.transpose(1, 2)
 
 
 def attention_sdpa(q: Tensor, k: Tensor, v: Tensor, docs: Docs) -> Tensor:
     """Specification of packed attention: each piece attends to itself alone. q (T, H, K), k and v (T, G, K)."""
-    edges = sorted(set(docs.cu_seqlens.tolist()))
-    pieces = [dense_attention(q[None, a:b], k[None, a:b], v[None, a:b]) for a, b in itertools.pairwise(edges)]
+    rows, columns = (itertools.pairwise(sorted(set(cu.tolist()))) for cu in (docs.cu_seqlens, docs.keys[0]))
+    pieces = [
+        dense_attention(q[None, a:b], k[None, c:d], v[None, c:d]) for (a, b), (c, d) in zip(rows, columns, strict=True)
+    ]
     return torch.cat(pieces, dim=1)[0]
 
 
@@ -740,16 +755,21 @@ def attention_varlen(q: Tensor, k: Tensor, v: Tensor, docs: Docs) -> Tensor:
     known = inspect.signature(varlen_attn).parameters
     causal = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
     grouped = {"enable_gqa": True} if "enable_gqa" in known else {}
-    cu = docs.cu_seqlens
-    return varlen_attn(q, k, v, cu, cu, docs.max_len, docs.max_len, **causal, **grouped)
+    cu, n = docs.keys
+    return varlen_attn(q, k, v, docs.cu_seqlens, cu, docs.max_len, n, **causal, **grouped)
+
+
+def flash_lengths(docs: Docs) -> dict[str, Any]:
+    """The arguments of Dao's kernels; with fewer queries than keys theirs are the last ones."""
+    cu, n = docs.keys
+    return dict(cu_seqlens_q=docs.cu_seqlens, cu_seqlens_k=cu, max_seqlen_q=docs.max_len, max_seqlen_k=n, causal=True)
 
 
 def attention_fa3(q: Tensor, k: Tensor, v: Tensor, docs: Docs) -> Tensor:
     """FlashAttention-3 (arXiv 2407.08608), Hopper."""
     from flash_attn_interface import flash_attn_varlen_func
 
-    cu, n = docs.cu_seqlens, docs.max_len
-    out = flash_attn_varlen_func(q, k, v, cu_seqlens_q=cu, cu_seqlens_k=cu, max_seqlen_q=n, max_seqlen_k=n, causal=True)
+    out = flash_attn_varlen_func(q, k, v, **flash_lengths(docs))
     return out[0] if isinstance(out, tuple) else out
 
 
@@ -757,15 +777,15 @@ def attention_fa4(q: Tensor, k: Tensor, v: Tensor, docs: Docs) -> Tensor:
     """FlashAttention-4 (the flash-attn-4 package, CuTe DSL), Hopper and later."""
     from flash_attn.cute import flash_attn_varlen_func
 
-    cu, n = docs.cu_seqlens, docs.max_len
-    out = flash_attn_varlen_func(q, k, v, cu_seqlens_q=cu, cu_seqlens_k=cu, max_seqlen_q=n, max_seqlen_k=n, causal=True)
+    out = flash_attn_varlen_func(q, k, v, **flash_lengths(docs))
     return out[0] if isinstance(out, tuple) else out
 
 
-def whole_rows(tokens: Tensor) -> Docs:
-    """The boundaries of rows (B, T) that are one document each, laid end to end."""
+def whole_rows(tokens: Tensor, past: int = 0) -> Docs:
+    """The boundaries of rows (B, T) that are one document each, laid end to end; keys have `past` more in each row."""
     b, t = tokens.shape
-    return Docs(torch.arange(0, (b + 1) * t, t, dtype=torch.int32, device=tokens.device), t)
+    edges = torch.arange(b + 1, dtype=torch.int32, device=tokens.device)
+    return Docs(edges * t, t, edges * (past + t) if past else None, past + t)
 
 
 class PackedAttention:
@@ -796,19 +816,14 @@ class FlashAttention4(PackedAttention):
     def forward(self, q: Tensor, k: Tensor, v: Tensor, docs: Docs) -> tuple[Tensor, Any]:
         from flash_attn.cute.interface import _flash_attn_fwd
 
-        cu, n = docs.cu_seqlens, docs.max_len
-        out, lse, *_ = _flash_attn_fwd(
-            q, k, v, cu_seqlens_q=cu, cu_seqlens_k=cu, max_seqlen_q=n, max_seqlen_k=n, causal=True, return_lse=True
-        )
+        out, lse, *_ = _flash_attn_fwd(q, k, v, return_lse=True, **flash_lengths(docs))
         return out, (q, k, v, lse)
 
     def backward(self, grad: Tensor, out: Tensor, state: Any, docs: Docs) -> tuple[Tensor, Tensor, Tensor]:
         from flash_attn.cute.interface import _flash_attn_bwd
 
-        (q, k, v, lse), cu, n = state, docs.cu_seqlens, docs.max_len
-        dq, dk, dv, *_ = _flash_attn_bwd(
-            q, k, v, out, grad, lse, causal=True, cu_seqlens_q=cu, cu_seqlens_k=cu, max_seqlen_q=n, max_seqlen_k=n
-        )
+        q, k, v, lse = state
+        dq, dk, dv, *_ = _flash_attn_bwd(q, k, v, out, grad, lse, **flash_lengths(docs))
         return dq, dk, dv
 
 
@@ -1837,14 +1852,15 @@ def exclude_own_value(y: Tensor, v: Tensor) -> Tensor:
 
 
 def rotary_tables(
-    cfg: Config, length: int, dense: bool, device: torch.device, dtype: torch.dtype
+    cfg: Config, length: int, dense: bool, device: torch.device, dtype: torch.dtype, first: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """Cosine and sine, each (T, 1, rope_dims / 2), of the positions in a row (arXiv 2104.09864)."""
+    """Cosine and sine, each (T, 1, rope_dims / 2), of the positions from `first` on (arXiv 2104.09864)."""
     base = cfg.rope_base
     if cfg.rope_yarn and dense and length > cfg.train_seq_len:
         base *= (length / cfg.train_seq_len) ** (cfg.rope_dims / (cfg.rope_dims - 2))
     frequencies = base ** (-torch.arange(0, cfg.rope_dims, 2, device=device, dtype=torch.float32) / cfg.rope_dims)
-    angles = torch.outer(torch.arange(length, device=device, dtype=torch.float32), frequencies)[:, None]
+    places = torch.arange(first, first + length, device=device, dtype=torch.float32)
+    angles = torch.outer(places, frequencies)[:, None]
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
@@ -1856,12 +1872,49 @@ def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
     return torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin, rest), dim=-1)
 
 
+class Past:
+    """Keys and values (N, S, G, K) that a visit has made of earlier chunks, without their gradient."""
+
+    def __init__(self) -> None:
+        self.kept: tuple[Tensor, Tensor] | None = None
+        self.now: tuple[Tensor, Tensor] | None = None
+
+    def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Those and the chunk's own (N, T, G, K), which `commit` will add."""
+        self.now = (k, v) if self.kept is None else tuple(torch.cat(p, 1) for p in zip(self.kept, (k, v), strict=True))
+        return self.now
+
+    def commit(self, most: int) -> None:
+        """Keeps the last `most` positions."""
+        self.kept = tuple(t.detach()[:, max(t.size(1) - most, 0) :] for t in self.now)
+
+    def keep_rows(self, rows: Tensor) -> None:
+        self.kept = tuple(t[rows] for t in self.kept)
+
+
+class Cache:
+    """The pasts of all visits, and how many tokens of each document have gone by."""
+
+    def __init__(self, n_visits: int):
+        self.pasts, self.seen = [Past() for _ in range(n_visits)], 0
+
+    def commit(self, n_tokens: int, most: int) -> None:
+        self.seen += n_tokens
+        for past in self.pasts:
+            past.commit(most)
+
+    def keep_rows(self, rows: Tensor) -> None:
+        for past in self.pasts:
+            past.keep_rows(rows)
+
+
 class Context(NamedTuple):
-    """What every visit of one forward pass shares."""
+    """What the visits of one forward pass share, and the past of this one."""
 
     rope: tuple[Tensor, Tensor]
     docs: Docs | None
     attention: Any  # the attention of the chosen kernels
+    past: Past | None = None
 
 
 def matmul(x: Tensor, weight: Tensor, site: str, tap: Tap | None) -> Tensor:
@@ -1880,7 +1933,7 @@ def attend(n: Tensor, w: LayerWeights, layer: Layer, ctx: Context, deltas: Delta
     q, k, v = (t.unflatten(-1, (-1, layer.head_dim)) for t in (raw, k, v))  # (B, T, heads, K)
     q, k = rotate(rms(q), ctx.rope) * w.q_gain[:, None], rotate(rms(k), ctx.rope)
     if ctx.docs is None:
-        y = dense_attention(q, k, v)
+        y = dense_attention(q, *(ctx.past.extend(k, v) if ctx.past else (k, v)))
     else:
         y = ctx.attention(*(t.flatten(0, 1) for t in (q, k, v)), ctx.docs).view_as(q)
     if layer.exclude_own_value:
@@ -1963,6 +2016,8 @@ def _attend_forward(
     zs = [_low_rank_forward(part, n, d) for part, d in zip(parts, deltas[:3], strict=False)]
     q, k = prepare_forward(merged, w.q_gain, ctx.rope, layer)
     v, _ = head_columns(merged, layer)
+    if ctx.past:
+        k, v = (t.flatten(0, 1) for t in ctx.past.extend(*(t.view(*x.shape[:2], *t.shape[1:]) for t in (k, v))))
     out, state = ctx.attention.forward(q, k, v, ctx.docs)
     y = gate_forward(out, merged, layer)
     a = F.linear(y, w.wo) if u is None else u.flatten(0, -2).addmm_(y.flatten(0, -2), w.wo.t()).view_as(x)
@@ -1978,8 +2033,10 @@ def _attend_backward(
     (layer, ctx), (n, _, merged, out, y, *zs) = call, saved
     d_merged = torch.empty_like(merged)
     d_out = gate_backward(grad @ w.wo, out, merged, d_merged, layer)
-    d_heads = ctx.attention.backward(d_out, out, state, ctx.docs)
-    d_gain = prepare_backward(merged, d_merged, d_heads, w.q_gain, ctx.rope, layer)
+    dq, *d_rest = ctx.attention.backward(d_out, out, state, ctx.docs)
+    if ctx.past:  # the chunk's own keys and values are the last of each row
+        d_rest = (t.unflatten(0, (len(n), -1))[:, -n.size(1) :].flatten(0, 1) for t in d_rest)
+    d_gain = prepare_backward(merged, d_merged, (dq, *d_rest), w.q_gain, ctx.rope, layer)
     dn = d_merged @ w.qkv
     parts = (*d_merged.tensor_split(layer.columns, dim=-1)[:3], grad)
     pairs = (*deltas[:3], deltas.attn_bypass)
@@ -2287,21 +2344,26 @@ class GPT(nn.Module):
             x = torch.cat((x[:, :1], x[:, 1:] + gate * x[:, :-1]), dim=1)
         return self.kernels.mean_norm(x, None)
 
-    def trunk(self, tokens: Tensor, docs: Docs | None, adapters: Adapters | None, tap: Tap | None) -> Tensor:
+    def trunk(
+        self, tokens: Tensor, docs: Docs | None, adapters: Adapters | None, tap: Tap | None, cache: Cache | None = None
+    ) -> Tensor:
         """Token ids (B, T) to final normed hidden states (B, T, D): one loop over the planned visits."""
         cfg, kernels, layers = self.cfg, self.kernels, self.layers()
-        rope = rotary_tables(cfg, tokens.size(1), docs is None, tokens.device, self.dtype)
+        seen = cache.seen if cache else 0
+        rope = rotary_tables(cfg, tokens.size(1), docs is None, tokens.device, self.dtype, seen)
         if docs is None and kernels.fused:
-            docs = whole_rows(tokens)
+            docs = whole_rows(tokens, min(seen, cfg.ttt_eval_seq_len - cfg.ttt_chunk_size))
         ctx = Context(rope, docs, kernels.attention)
+        pasts = cache.pasts if cache else itertools.repeat(None)
         visit_deltas = adapters.per_visit(self.dtype) if adapters is not None else itertools.repeat(NO_DELTAS)
         gates = self.skip_gates.to(self.dtype) if cfg.skip_gates_enabled else [None] * len(self.skip_weights)
         skip_weights = self.skip_weights.to(self.dtype)
 
         x = x0 = self.embed(tokens)
         lane, kept = None, []
-        for visit, deltas in zip(self.plan, visit_deltas, strict=False):
-            args = layers[visit.layer], self.layer_constants[visit.layer], ctx, self.scaled(deltas, visit.layer)
+        for visit, deltas, past in zip(self.plan, visit_deltas, pasts, strict=False):
+            where = ctx._replace(past=past)
+            args = layers[visit.layer], self.layer_constants[visit.layer], where, self.scaled(deltas, visit.layer)
             peek = tap and (lambda site, t, i=visit.layer: tap(f"blocks.{i}.{site}", t))
             if visit.two_lane and lane is None:
                 lane = x  # before the skip, which is merged into the attention lane alone
@@ -2337,14 +2399,16 @@ class GPT(nn.Module):
         tap: Tap | None = None,
         reduction: str = "mean",
         at: Tensor | None = None,
+        cache: Cache | None = None,
     ) -> Tensor:
         """Logits (B, T, V), or with targets (B, T) the loss in nats.
 
         docs: boundaries of packed documents (B = 1); None: every row is one text. adapters: test-time training, one set
         per row. tap(name, x): sees the input of every quantized matmul. at (B, C): only these positions are read out,
-        targets is (B, C) then. reduction: `mean` gives a scalar, `none` the loss of each target.
+        targets is (B, C) then. reduction: `mean` gives a scalar, `none` the loss of each target. cache: what the rows'
+        tokens so far left behind; these go on from there.
         """
-        hidden = self.trunk(tokens, docs, adapters, tap)
+        hidden = self.trunk(tokens, docs, adapters, tap, cache)
         if at is not None:
             hidden = hidden.gather(1, at.unsqueeze(-1).expand(-1, -1, hidden.size(-1)))
         if tap is not None:
@@ -3276,11 +3340,11 @@ class Window(NamedTuple):
 
 
 def windows(n_targets: int, chunk_size: int, context: int) -> list[Window]:
-    """One window per chunk of a document: up to `context` inputs ending with the chunk, the chunk scored."""
+    """One window per chunk of a document: up to `context` inputs ending with the chunk (0: the chunk alone)."""
     rows = []
     for begin in range(0, n_targets, chunk_size):
         end = min(begin + chunk_size, n_targets)
-        start = max(0, end - context)
+        start = min(begin, max(0, end - context))
         rows.append(Window(start, end - start, begin - start, end - begin))
     return rows
 
@@ -3379,7 +3443,8 @@ class TestTimeScorer:
         self.model, self.val, self.cfg, self.run = model, val, cfg, run
         self.tokens = torch.from_numpy(val.tokens.astype(np.int32)).to(run.device)
         # Kernels want sizes that divide well, the allocator few of them: windows are padded to multiples of this.
-        self.window_step = min(256, cfg.ttt_eval_seq_len) if model.kernels.fused else 1
+        self.cached = cfg.ttt_context == "cached"
+        self.window_step = min(64, cfg.ttt_eval_seq_len) if model.kernels.fused and not self.cached else 1
         self.byte_sums = np.concatenate([[0], np.cumsum(val.token_bytes)])
 
     def bytes_of(self, doc: Document) -> int:
@@ -3391,36 +3456,43 @@ class TestTimeScorer:
         cfg, meter = self.cfg, Meter(self.run.device)
         adapters = Adapters(cfg, len(docs), len(self.model.plan), self.run.device).requires_grad()
         optimizer = adapter_optimizer(adapters, cfg)
-        plans = [windows(d.n_targets, cfg.ttt_chunk_size, cfg.ttt_eval_seq_len) for d in docs]
+        cache = Cache(len(self.model.plan)) if self.cached else None
+        context = 0 if self.cached else cfg.ttt_eval_seq_len
+        plans = [windows(d.n_targets, cfg.ttt_chunk_size, context) for d in docs]
         rows = list(range(len(docs)))
         for i in range(max(map(len, plans))):
-            rows = self.drop_finished(rows, [len(p) > i for p in plans], adapters, optimizer)
+            rows = self.drop_finished(rows, [len(p) > i for p in plans], adapters, optimizer, cache)
             chunk = self.gather(
                 [(docs[r], plans[r][i] if i < len(plans[r]) else None, i + 1 < len(plans[r])) for r in rows]
             )
-            losses = self.score_chunk(chunk, adapters)
+            losses = self.score_chunk(chunk, adapters, cache)
             meter.add(losses * chunk.scored, chunk.n_tokens, chunk.n_bytes)
-            self.learn_chunk(chunk, losses, adapters, optimizer)
+            self.learn_chunk(chunk, losses, adapters, optimizer, cache)
+            if cache:
+                cache.commit(chunk.inputs.size(1), cfg.ttt_eval_seq_len - cfg.ttt_chunk_size)
         return meter
 
-    def score_chunk(self, chunk: Chunk, adapters: Adapters) -> Tensor:
+    def score_chunk(self, chunk: Chunk, adapters: Adapters, cache: Cache | None) -> Tensor:
         """Nats (N, C) of the chunk's targets, with the adapters as they are."""
-        return self.model(chunk.inputs, chunk.targets, adapters=adapters, at=chunk.at, reduction="none")
+        return self.model(chunk.inputs, chunk.targets, adapters=adapters, at=chunk.at, reduction="none", cache=cache)
 
-    def learn_chunk(self, chunk: Chunk, losses: Tensor, adapters: Adapters, optimizer: torch.optim.Optimizer) -> None:
+    def learn_chunk(
+        self, chunk: Chunk, losses: Tensor, adapters: Adapters, optimizer: torch.optim.Optimizer, cache: Cache | None
+    ) -> None:
         """Updates the adapters of the documents that go on, from the losses just scored."""
         if not chunk.goes_on:
             return
         for repeat in range(self.cfg.ttt_grad_steps):
             if repeat:
-                losses = self.score_chunk(chunk, adapters)
+                losses = self.score_chunk(chunk, adapters, cache)
             ((losses * chunk.scored).mean(dim=1) * chunk.learn).sum().backward()
             optimizer.step()
             optimizer.zero_grad()
 
     def drop_finished(
-        self, rows: list[int], going: list[bool], adapters: Adapters, optimizer: torch.optim.Optimizer
-    ) -> list[int]:
+        self, rows: list[int], going: list[bool], adapters: Adapters, optimizer: torch.optim.Optimizer,
+        cache: Cache | None,
+    ) -> list[int]:  # fmt: skip
         """Halves the batch whenever no more than half of it goes on: documents are independent, so nothing changes."""
         size, active = len(rows), [i for i, r in enumerate(rows) if going[r]]
         while size > 2 and len(active) <= size // 2:
@@ -3428,7 +3500,10 @@ class TestTimeScorer:
         if size == len(rows):
             return rows
         kept = active + [i for i, r in enumerate(rows) if not going[r]][: size - len(active)]
-        keep_documents(adapters, optimizer, torch.tensor(kept, device=self.run.device))
+        index = upload(kept, self.run.device)
+        keep_documents(adapters, optimizer, index)
+        if cache:
+            cache.keep_rows(index)
         return [rows[i] for i in kept]
 
     def gather(self, parts: Sequence[tuple[Document, Window | None, bool]]) -> Chunk:

@@ -253,6 +253,26 @@ def test_interpreted_adapters_learn_the_same(name: str) -> None:
 
 @needs_triton
 @interpreted
+def test_interpreted_adapters_learn_the_same_from_a_cached_context() -> None:
+    tokens = torch.from_numpy(documents((12, 12)).astype("int64")).view(2, 12)
+    results = []
+    for model in plain_and_fused({}):
+        model.requires_grad_(False)
+        adapters, cache = train_gpt.Adapters(model.cfg, 2, len(model.plan)), train_gpt.Cache(len(model.plan))
+        for t in adapters.parameters():
+            t += 0.1
+        adapters.requires_grad()
+        for part in tokens.split(4, dim=1):
+            losses = model(part, part.roll(-1, 1), adapters=adapters, reduction="none", cache=cache)
+            losses.sum().backward()
+            cache.commit(4, 8)
+        results.append({"loss": losses.detach(), **{k: t.grad for k, t in adapters.tensors.items()}})
+    for key, want in results[0].items():
+        assert relative_error(results[1][key], want) < 1e-4, key
+
+
+@needs_triton
+@interpreted
 def test_interpreted_scoring_needs_no_gradients() -> None:
     tokens, docs = torch.from_numpy(documents((9, 7)).astype("int64"))[None], packed((9, 7))
     with torch.no_grad():

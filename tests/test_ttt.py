@@ -156,9 +156,16 @@ def one_batch(tokens: np.ndarray, model: train_gpt.GPT) -> None:
     Scorer(model, val, model.cfg, LoneRun()).run_batch(val.documents())
 
 
+contexts = pytest.mark.parametrize("context", ["rerun", "cached"])
+
+
+@contexts
 @pytest.mark.parametrize("grad_steps", [1, 2])
-def test_a_token_changes_no_score_before_it(recorder: Recorder, grad_steps: int) -> None:
-    model = looped_model(smear_gate_enabled=True, attn_out_gate_enabled=True, ttt_grad_steps=grad_steps)
+def test_a_token_changes_no_score_before_it(recorder: Recorder, grad_steps: int, context: str) -> None:
+    smear = context == "rerun"
+    model = looped_model(
+        smear_gate_enabled=smear, attn_out_gate_enabled=True, ttt_grad_steps=grad_steps, ttt_context=context
+    )
     tokens = documents(LENGTHS[:5], vocab=128)
     one_batch(tokens, model)
     before = recorder.take()
@@ -177,12 +184,13 @@ def test_a_token_changes_no_score_before_it(recorder: Recorder, grad_steps: int)
         assert len(changed) > 1, "later targets do depend on it"
 
 
-def test_learning_does_change_later_chunks(recorder: Recorder) -> None:
+@contexts
+def test_learning_does_change_later_chunks(recorder: Recorder, context: str) -> None:
     """Otherwise the property above would hold for a scorer that never learns."""
     tokens = documents(LENGTHS)
     losses = []
     for rate in (0.0, 0.05):
-        one_batch(tokens, looped_model(ttt_lora_lr=rate))
+        one_batch(tokens, looped_model(ttt_lora_lr=rate, ttt_context=context))
         losses.append(recorder.take())
     first = {d.start + 1 + i for d in validation(tokens).documents() for i in range(min(d.n_targets, CHUNK))}
     assert all((losses[0][p] == losses[1][p]) == (p in first) for p in losses[0])
@@ -226,10 +234,11 @@ def test_a_token_changes_no_score_of_documents_before_it(recorder: Recorder) -> 
     [(5,), (2,), (40,), (1, 1, 2), (4, 4, 4), (3, 50, 1, 1, 6), LENGTHS],
     ids=str,
 )
-def test_every_target_is_scored_once(recorder: Recorder, lengths: tuple[int, ...]) -> None:
+@contexts
+def test_every_target_is_scored_once(recorder: Recorder, lengths: tuple[int, ...], context: str) -> None:
     tokens = documents(lengths)
     val = validation(tokens)
-    meter = whole_run(tokens)
+    meter = whole_run(tokens, ttt_context=context)
     losses = recorder.take()
     assert sorted(losses) == list(range(1, len(tokens)))
     assert (meter.tokens, meter.bytes) == (val.n_targets, val.n_bytes)
@@ -250,8 +259,10 @@ def test_a_meter_that_misses_a_target_gives_no_score(monkeypatch: pytest.MonkeyP
     assert "no score" in stop.value.sentence
 
 
-def test_scores_are_those_of_the_plain_model_when_nothing_learns(recorder: Recorder) -> None:
-    tokens, model = documents(LENGTHS), looped_model(ttt_lora_lr=0.0, global_ttt_lr=0.0, ttt_eval_seq_len=64)
+@contexts
+def test_scores_are_those_of_the_plain_model_when_nothing_learns(recorder: Recorder, context: str) -> None:
+    frozen = dict(ttt_lora_lr=0.0, global_ttt_lr=0.0, ttt_eval_seq_len=64, ttt_context=context)
+    tokens, model = documents(LENGTHS), looped_model(**frozen)
     meter = adapt_and_score(model, validation(tokens), model.cfg, LoneRun())[0]
     losses, want = recorder.take(), {}
     for d in validation(tokens).documents():
@@ -275,12 +286,27 @@ def test_context_is_cut_to_the_window(recorder: Recorder) -> None:
         assert torch.allclose(torch.tensor(ours), want, atol=1e-4)
 
 
+def test_a_kept_context_slides_along(recorder: Recorder) -> None:
+    """With one visit to attention, what is kept is what a window of that many positions would see."""
+    changes = dict(ttt_lora_lr=0.0, num_layers=1, num_loops=0, parallel_start_layer=0, ttt_eval_seq_len=12)
+    tokens, losses = documents([40]), []
+    for context in ("rerun", "cached"):
+        model = tiny_model(**{**SMALL, **changes, "ttt_context": context}).requires_grad_(False)
+        one_batch(tokens, model)
+        losses.append(recorder.take())
+    full = [w for w in windows(39, CHUNK, 12) if w.count == CHUNK]
+    compared = [w.start + w.offset + CHUNK for w in full]  # the last target of a chunk sees as many keys in both
+    assert len(compared) == 6
+    assert all(losses[0][p] == pytest.approx(losses[1][p], abs=1e-5) for p in compared)
+
+
 # ---- batches ---------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     "changes",
-    [{}, dict(ttt_beta1=0.5), dict(ttt_optimizer="sgd", ttt_beta1=0.5, ttt_lora_lr=1.0), dict(ttt_mlp_lora=False)],
+    [{}, dict(ttt_beta1=0.5), dict(ttt_optimizer="sgd", ttt_beta1=0.5, ttt_lora_lr=1.0), dict(ttt_mlp_lora=False),
+     dict(ttt_context="cached")],
     ids=str,
-)
+)  # fmt: skip
 def test_documents_together_score_as_alone(recorder: Recorder, changes: dict[str, Any]) -> None:
     """Rows leave the batch as their documents finish, and their optimizer state with them."""
     model = looped_model(**changes)
@@ -300,9 +326,9 @@ def test_rows_leave_as_documents_finish(monkeypatch: pytest.MonkeyPatch, recorde
     sizes = []
     inner = Scorer.score_chunk
 
-    def count(scorer: Scorer, chunk: Any, adapters: Adapters) -> Tensor:
+    def count(scorer: Scorer, chunk: Any, *rest: Any) -> Tensor:
         sizes.append(len(chunk.inputs))
-        return inner(scorer, chunk, adapters)
+        return inner(scorer, chunk, *rest)
 
     monkeypatch.setattr(Scorer, "score_chunk", count)
     one_batch(documents([40, 3, 3, 3, 3, 20, 3, 9]), looped_model())
@@ -313,7 +339,7 @@ def test_rows_leave_as_documents_finish(monkeypatch: pytest.MonkeyPatch, recorde
 
 @pytest.mark.parametrize("step", [5, 12, 64])
 def test_padding_of_the_windows_changes_nothing(recorder: Recorder, step: int) -> None:
-    """Compiled graphs want few lengths, so windows are filled up behind their last token."""
+    """Kernels want round lengths, so windows are filled up behind their last token."""
     model, val = looped_model(), validation(documents(LENGTHS[:6]))
     scorer = Scorer(model, val, model.cfg, LoneRun())
     scorer.run_batch(val.documents())
