@@ -45,8 +45,9 @@ lint: $(DEV_READY)  ## ruff over the whole folder
 size: $(RUN_READY)  ## bytes of the submission by part
 	@$(PY) train_gpt.py --size
 
-bench: $(RUN_READY)  ## throughput of the codec and of data preparation
+bench: $(RUN_READY)  ## speed of data preparation, and of every part of training and scoring on this machine
 	@$(PY) bench/bench_text.py
+	@$(PY) bench/throughput.py
 
 readme: $(DEV_READY)  ## write the knobs table of the README from the manual
 	@PYTHONPATH=. $(PY) tests/test_readme.py
