@@ -1646,11 +1646,26 @@ def muon_momentum(cfg: Config, step: int) -> float:
 def muon_update(grad: Tensor, buffer: Tensor, momentum: float, steps: int, row_normalize: bool) -> Tensor:
     """Nesterov momentum, rows to unit length, orthogonalized. grad (N, rows, cols); `buffer` (bfloat16) is updated."""
     buffer.mul_(momentum).add_(grad)
-    update = grad.float() + momentum * buffer.float()
+    update = torch.add(grad.float(), buffer, alpha=momentum)  # in float32, without a float32 copy of the buffer
     if row_normalize:
-        update = update / update.norm(dim=-1, keepdim=True).clamp_min(1e-7)
+        update.div_(update.norm(dim=-1, keepdim=True).clamp_min(1e-7))
+    update = orthogonalize(update, steps)
     # A tall matrix has fewer directions than rows: the factor keeps the size of an entry's step.
-    return orthogonalize(update, steps) * max(1.0, grad.size(-2) / grad.size(-1)) ** 0.5
+    return update * (grad.size(-2) / grad.size(-1)) ** 0.5 if grad.size(-2) > grad.size(-1) else update
+
+
+def by_dtype(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
+    """Lists of one dtype each: on mixed ones PyTorch's foreach functions fall back to a launch per tensor."""
+    lists: dict[torch.dtype, list[Tensor]] = {}
+    for t in tensors:
+        lists.setdefault(t.dtype, []).append(t)
+    return list(lists.values())
+
+
+def joint_norm(tensors: Iterable[Tensor]) -> Tensor:
+    """Norm of all tensors together, a float32 scalar."""
+    norms = [n for same in by_dtype(tensors) for n in torch._foreach_norm(same, 2, dtype=torch.float32)]
+    return torch.stack(norms).norm()
 
 
 class Optimizer:
@@ -1687,7 +1702,7 @@ class Optimizer:
         """Sums the gradients over the ranks; returns the norm of the whole gradient, a scalar tensor."""
         if self.run.world == 1:
             self.shards = [p.grad for p in self.banks]
-            return torch.cat([g.float().norm().view(1) for g in (*self.shards, *(p.grad for p in self.others))]).norm()
+            return joint_norm([*self.shards, *(p.grad for p in self.others)])
         self.shards, waits = [], []
         for p, rows in zip(self.banks, self.rows, strict=True):
             self.shards.append(torch.empty(rows, *p.shape[1:], dtype=self.wire, device=p.device))
@@ -1695,24 +1710,23 @@ class Optimizer:
         flat = torch.cat([p.grad.float().flatten() for p in self.others])  # one transfer for all the small ones
         dist.all_reduce(flat)
         for p, piece in zip(self.others, flat.split([p.numel() for p in self.others]), strict=True):
-            p.grad.copy_(piece.view_as(p))
+            p.grad = piece.view_as(p).to(p.dtype)
         for w in waits:
             w.wait()
-        mine = sum(s.float().square().sum() for s in self.shards)
-        return (self.run.sum(mine) + flat.square().sum()).sqrt()
+        return (self.run.sum(joint_norm(self.shards).square()) + joint_norm([flat]).square()).sqrt()
 
     @torch.no_grad()
     def clip(self, norm: Tensor) -> None:
         """Scales the averaged gradient down to GRAD_CLIP_NORM; no host sync."""
         if self.cfg.grad_clip_norm > 0:
             scale = (self.cfg.grad_clip_norm / (norm + 1e-6)).clamp(max=1.0)
-            torch._foreach_mul_([*self.shards, *(p.grad for p in self.others)], scale)
+            for grads in by_dtype([*self.shards, *(p.grad for p in self.others)]):
+                torch._foreach_mul_(grads, scale)
 
     @torch.no_grad()
     def update(self, lr_mul: float, momentum: float) -> None:
         for group, lr in zip(self.adam.param_groups, self.base_lrs, strict=True):
             group["lr"] = lr * lr_mul
-        self.adam.step()
         c, waits = self.cfg, []
         for grad, buffer, rows in zip(self.shards, self.momentum, self.rows, strict=True):
             mine = muon_update(grad, buffer, momentum, c.muon_backend_steps, c.muon_row_normalize)
@@ -1721,6 +1735,7 @@ class Optimizer:
                 continue
             every = mine.new_empty(rows * self.run.world, *mine.shape[1:])
             waits.append((every, _all_gather(every, mine.contiguous(), async_op=True)))
+        self.adam.step()  # while the last updates are gathered
         lr = c.matrix_lr * lr_mul
         for p, (update, wait) in zip(self.banks, waits, strict=True):
             if wait is not None:
