@@ -1064,11 +1064,25 @@ def boundary_capacity(row_tokens: int) -> int:
     return max(64, 1 << max(row_tokens // 256 - 1, 1).bit_length())
 
 
+def host_row(tokens: np.ndarray, piece: int, pin: bool = False) -> tuple[Tensor, Docs]:
+    """n+1 tokens -> an int32 row of them and the document boundaries of the first n; page-locked if asked for."""
+    row = torch.from_numpy(tokens.astype(np.int32))
+    cu = torch.from_numpy(pack_boundaries(tokens[:-1], piece, boundary_capacity(len(tokens) - 1)))
+    return (row.pin_memory(), Docs(cu.pin_memory(), piece)) if pin else (row, Docs(cu, piece))
+
+
+def sent_row(row: Tensor, docs: Docs, device: torch.device) -> tuple[Tensor, Tensor, Docs]:
+    """A host row -> inputs (1, n), targets (1, n) and boundaries on the device; does not wait if it is page-locked.
+
+    One copy of int32 serves both: a quarter of the bytes of two copies of int64, into which the device widens it.
+    """
+    row, cu = row.to(device, non_blocking=True), docs.cu_seqlens.to(device, non_blocking=True)
+    return row[None, :-1].long(), row[None, 1:].long(), docs._replace(cu_seqlens=cu)
+
+
 def packed_row(tokens: np.ndarray, piece: int) -> tuple[Tensor, Tensor, Docs]:
     """n+1 tokens -> inputs (1, n), targets (1, n) and the document boundaries of the inputs, on the CPU."""
-    row = torch.from_numpy(tokens.astype(np.int64))
-    cu = pack_boundaries(tokens[:-1], piece, boundary_capacity(len(tokens) - 1))
-    return row[None, :-1], row[None, 1:], Docs(torch.from_numpy(cu), piece)
+    return sent_row(*host_row(tokens, piece), torch.device("cpu"))
 
 
 def to_device(batch: tuple[Tensor, Tensor, Docs], device: torch.device) -> tuple[Tensor, Tensor, Docs]:
@@ -1091,8 +1105,11 @@ class TrainLoader:
         self.cfg, self.run = cfg, run
         self.shards = [read_shard(p) for p in train_files(cfg) if usable_tokens(p) >= cfg.step_tokens]
         self.spans = itertools.islice(self._step_starts(), start_step, None)
-        # Batches are prepared two steps ahead: reading and packing never wait in the training loop.
+        # Batches are prepared two steps ahead: the training loop never waits for reading, packing and page-locking, but
+        # only queues copies.
         self.pool = ThreadPoolExecutor(max_workers=1)
+        if run.device.type == "cuda":  # a new thread is on GPU 0, and page-locking would make a context there
+            self.pool.submit(torch.cuda.set_device, run.device).result()
         self.ahead = [self.pool.submit(self._prepare, next(self.spans)) for _ in range(2)]
 
     def _step_starts(self) -> Iterator[tuple[int, int]]:
@@ -1103,17 +1120,17 @@ class TrainLoader:
                 for at in range(first[i], len(shard) - need + 1, need):
                     yield i, at
 
-    def _prepare(self, span: tuple[int, int]) -> list[tuple[Tensor, Tensor, Docs]]:
+    def _prepare(self, span: tuple[int, int]) -> list[tuple[Tensor, Docs]]:
         shard, at = self.shards[span[0]], span[1]
-        n = self.cfg.micro_batch_tokens
+        n, piece, pin = self.cfg.micro_batch_tokens, self.cfg.train_seq_len, self.run.device.type == "cuda"
         mine = range(self.run.rank, MICRO_STEPS, self.run.world)
-        return [packed_row(np.asarray(shard[at + j * (n + 1) :][: n + 1]), self.cfg.train_seq_len) for j in mine]
+        return [host_row(np.asarray(shard[at + j * (n + 1) :][: n + 1]), piece, pin) for j in mine]
 
     def next_step(self) -> Iterator[tuple[Tensor, Tensor, Docs]]:
         """This rank's micro-batches of the next optimizer step, on the device."""
-        batches = self.ahead.pop(0).result()
+        rows = self.ahead.pop(0).result()
         self.ahead.append(self.pool.submit(self._prepare, next(self.spans)))
-        return (to_device(b, self.run.device) for b in batches)
+        return (sent_row(*r, self.run.device) for r in rows)
 
     def close(self) -> None:
         self.pool.shutdown(cancel_futures=True)
