@@ -1999,23 +1999,46 @@ def stop_at_nan(what: str, step: int, run: Run) -> None:
     raise Stop(f"{what} at step {step}: lower the learning rates or look at the data; {last}")
 
 
+class Arrival:
+    """A scalar on its way to the host.
+
+    `item` waits for it alone. A tensor's own `item` waits for all that was queued, the step after it included, and then
+    the GPU waits in turn until the host has something for it again.
+    """
+
+    def __init__(self, x: Tensor):
+        self.value = x.detach().to("cpu", non_blocking=True)  # in page-locked memory if it comes from a GPU
+        self.event = torch.cuda.Event() if x.is_cuda else None
+        if self.event:
+            self.event.record()
+
+    def item(self) -> float:
+        if self.event:
+            self.event.synchronize()
+        return self.value.item()
+
+
 class TrainLog:
     """Every step's loss in metrics.jsonl, some in the log; stops the run when one is not finite.
 
-    A loss is read after the next step has been sent, so that the host does not wait for the GPU. It is averaged over
-    the ranks, the same number everywhere: every rank stops or none does.
+    A loss is read after the next step has been sent, so that the GPU's queue never runs dry. It is averaged over the
+    ranks, the same number everywhere: every rank stops or none does.
     """
 
     def __init__(self, cfg: Config, run: Run, watch: Stopwatch):
         self.cfg, self.run, self.watch, self.began = cfg, run, watch, time.monotonic()
-        self.pending: tuple[Tensor, dict[str, Any]] | None = None
+        self.pending: tuple[Arrival, dict[str, Any]] | None = None
 
     def add(self, progress: Progress, loss: Tensor, lr_mul: float) -> None:
         self.settle()
-        cfg, step, seconds = self.cfg, progress.step, self.watch.seconds()
-        tokens = step * cfg.train_batch_tokens
-        self.pending = loss, dict(step=step, lr_mul=lr_mul, train_s=seconds, tokens=tokens, looped=progress.looped)
-        if step <= 5 or (cfg.train_log_every > 0 and step % cfg.train_log_every == 0) or step == cfg.iterations:
+        cfg, step = self.cfg, progress.step
+        due = step <= 5 or (cfg.train_log_every > 0 and step % cfg.train_log_every == 0) or step == cfg.iterations
+        if due:
+            self.run.sync()  # a line's time is that of a step done, not of one queued
+        tokens, seconds = step * cfg.train_batch_tokens, self.watch.seconds()
+        row = dict(step=step, lr_mul=lr_mul, train_s=seconds, tokens=tokens, looped=progress.looped)
+        self.pending = Arrival(loss), row
+        if due:
             line = f"train_loss: {self.settle():.4f} train_time: {seconds / 60:.1f}m tok/s: {tokens / seconds:.0f}"
             self.run.log(f"{step}/{cfg.iterations} {line}")
         self.run.progress("training", *self._share(progress), self.began, every=20)
@@ -2073,7 +2096,7 @@ def train(cfg: Config, run: Run, model: GPT, val: ValidationSet) -> Progress:
         progress.step += 1
         log.add(progress, loss, lr_mul)
     loader.close()
-    run.sync()
+    progress.seconds = run.agree(watch.total if run.main else 0.0)[0]  # with the steps that were queued, now done
     if progress.step < cfg.iterations:
         run.log(
             f"stopping_early: wallclock_cap train_time: {1000 * progress.seconds:.0f}ms step: {step}/{cfg.iterations}"
