@@ -2185,35 +2185,67 @@ def calibrate(model: GPT, batches: Iterable[Tensor], run: Run) -> dict[str, Tens
 
 @torch.no_grad()
 def gptq(
-    weight: Tensor, hessian: Tensor, bits: int, clip_sigmas: float, block_size: int = 128
+    weight: Tensor,
+    hessian: Tensor,
+    bits: int,
+    clip_sigmas: float,
+    block_size: int = 128,
+    say: Callable[[str], None] = print,
+    tick: Callable[[int], None] = lambda columns: None,
 ) -> tuple[Tensor, Tensor]:
-    """Quantizes weight (rows, cols) column by column, each error passed on to the columns not yet done.
+    """Quantizes weight (..., rows, cols) column by column, each error passed on to the columns not yet done.
 
-    hessian (cols, cols): sum of x^T x over the inputs. Returns int8 in +-(2^(bits-1) - 1) and a float16 scale per row
-    that covers `clip_sigmas` standard deviations. Frantar et al. 2022, arXiv 2210.17323; columns are taken by
-    descending Hessian diagonal.
+    hessian (..., cols, cols): sum of x^T x over the inputs. Returns int8 in +-(2^(bits-1) - 1) and a float16 scale per
+    row that covers `clip_sigmas` standard deviations. Frantar et al. 2022, arXiv 2210.17323; columns are taken by
+    descending Hessian diagonal. Rows do not see each other, so matrices of one input may be stacked; leading dimensions
+    are independent problems, solved side by side: on a GPU a column takes the time of its launches, whatever its
+    length. say: hears of Hessians that needed more damping. tick: hears how many columns are done, block by block.
     """
-    w, h = weight.float().clone(), hessian.float().clone()
+    shape = weight.shape
+    w, h = weight.float().reshape(-1, *shape[-2:]), hessian.float().reshape(-1, shape[-1], shape[-1]).clone()
     top = 2 ** (bits - 1) - 1
-    scale = (clip_sigmas * w.std(dim=1) / top).clamp_min(1e-10).half()
+    scale = (clip_sigmas * w.std(dim=-1) / top).clamp_min(1e-10).half()
     scale = torch.where(scale == 0, torch.finfo(torch.float16).smallest_normal, scale)
-    dead = h.diagonal() == 0
-    h.diagonal()[dead] = 1
-    w[:, dead] = 0
-    h.diagonal().add_(0.01 * h.diagonal().mean())
-    order = h.diagonal().argsort(descending=True)
-    w, h = w[:, order], h[order][:, order]
-    inverse = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(h)), upper=True)
-    q, step = torch.empty_like(w), scale.float()
-    for a in range(0, w.size(1), block_size):
-        b = min(a + block_size, w.size(1))
-        block, errors, inv = w[:, a:b], torch.empty_like(w[:, a:b]), inverse[a:b, a:b]
+    diagonal = h.diagonal(dim1=-2, dim2=-1)  # a view
+    dead = diagonal == 0
+    diagonal.masked_fill_(dead, 1)
+    order = diagonal.argsort(dim=-1, descending=True, stable=True)
+    w = w.masked_fill(dead[:, None], 0).gather(-1, order[:, None].expand_as(w))
+    h = h.gather(-2, order[..., None].expand_as(h)).gather(-1, order[:, None].expand_as(h))
+    inverse, step = inverse_factor(h, say), scale.float()
+    q = torch.empty_like(w)
+    for a in range(0, w.size(-1), block_size):
+        b = min(a + block_size, w.size(-1))
+        block, errors, inv = w[..., a:b], torch.empty_like(w[..., a:b]), inverse[:, a:b, a:b]
         for j in range(b - a):
-            q[:, a + j] = (block[:, j] / step).round().clamp(-top, top)
-            errors[:, j] = (block[:, j] - q[:, a + j] * step) / inv[j, j]
-            block[:, j:] -= errors[:, j, None] * inv[None, j, j:]
-        w[:, b:] -= errors @ inverse[a:b, b:]
-    return q[:, order.argsort()].to(torch.int8), scale
+            column = block[..., j]
+            code = q[..., a + j] = (column / step).round_().clamp_(-top, top)
+            error = errors[..., j] = (column - code * step).div_(inv[:, j, j, None])
+            block[..., j:] -= error[..., None] * inv[:, j, None, j:]
+        w[..., b:] -= errors @ inverse[:, a:b, b:]
+        tick(b)
+    codes = q.gather(-1, order.argsort(dim=-1)[:, None].expand_as(q))
+    return codes.to(torch.int8).view(shape), scale.view(shape[:-1])
+
+
+def inverse_factor(h: Tensor, say: Callable[[str], None]) -> Tensor:
+    """Upper Cholesky factors of the inverses of h (N, n, n), with 1 % of its mean added to each diagonal.
+
+    Where that does not make a matrix positive definite in float32, ten times as much is added, until it does. Raises
+    ValueError if it never does.
+    """
+    mean = h.diagonal(dim1=-2, dim2=-1).mean(dim=-1, keepdim=True)
+    damping = torch.full_like(mean, 0.01)
+    for _ in range(5):
+        lower, failed = torch.linalg.cholesky_ex(h + torch.diag_embed((damping * mean).expand(h.shape[:-1])))
+        lower[failed != 0] = torch.eye(h.size(-1), device=h.device)  # half a factor may have no inverse
+        upper, failed_too = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+        bad = (failed != 0) | (failed_too != 0) | ~upper.isfinite().all(dim=-1).all(dim=-1)
+        if not bad.any():
+            return upper
+        say(f"{int(bad.sum())} of {len(h)} Hessians are not positive definite: ten times the damping there")
+        damping[bad] *= 10
+    raise ValueError("a Hessian is not finite or not a sum of squares: calibrate again, or look at the weights")
 
 
 def int8_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -2237,32 +2269,104 @@ class Coded(NamedTuple):
         return self.codes.float() * self.scale.float()[:, None]
 
 
-def code_tensor(name: str, x: Tensor, hessians: Mapping[str, Tensor], cfg: Config) -> Coded:
-    """Quantizes one unbanked tensor the way its role says."""
-    matrix = next((m for key, m in MATRICES.items() if name.endswith(f".{key}.weight")), None)
-    storage = "gptq" if matrix else role_of(name).storage
-    if storage == "gptq":
-        clip = getattr(cfg, f"{matrix.clip}_clip_sigmas") if matrix else cfg.embed_clip_sigmas
-        bits = cfg.matrix_bits if matrix else cfg.embed_bits
-        codes, scale = gptq(x, hessians[hessian_key(name)].to(x.device), bits, clip)
-        return Coded("gptq", bits, codes.cpu(), scale.cpu(), None)
-    if storage == "rows" and cfg.gated_attn_quant_gate:
+class Batch(NamedTuple):
+    """What GPTQ takes in one call: `stacks` of equal shape, each the names of matrices with one input, row on row."""
+
+    columns: int
+    bits: int
+    clip: float
+    stacks: list[list[str]]
+
+
+def gptq_batches(flat: Mapping[str, Tensor], cfg: Config) -> list[Batch]:
+    """All matrices that GPTQ quantizes, in as few batches as shapes and knobs allow, the widest first.
+
+    The record's 67 matrices make five: queries, keys and values of a layer are one stack, layers lie side by side.
+    """
+    stacks: dict[tuple, list[str]] = {}
+    for name in flat:
+        matrix = next((m for key, m in MATRICES.items() if name.endswith(f".{key}.weight")), None)
+        if matrix:
+            knobs = cfg.matrix_bits, getattr(cfg, f"{matrix.clip}_clip_sigmas")
+        elif role_of(name).storage == "gptq":
+            knobs = cfg.embed_bits, cfg.embed_clip_sigmas
+        else:
+            continue
+        stacks.setdefault((hessian_key(name), *knobs), []).append(name)
+    batches: dict[tuple, Batch] = {}
+    for (_, *knobs), names in stacks.items():
+        key = sum(len(flat[n]) for n in names), flat[names[0]].size(1), *knobs
+        batches.setdefault(key, Batch(*key[1:], [])).stacks.append(names)
+    return sorted(batches.values(), key=lambda b: -b.columns)
+
+
+def share_of(rank: int, world: int, batches: Sequence[Batch]) -> list[Batch]:
+    """The batches of one rank: each goes to whoever has the fewest columns so far.
+
+    Whole batches, because a column costs the same in a large batch and in a small one, and because every number of
+    ranks then computes the same codes.
+    """
+    shares: list[list[Batch]] = [[] for _ in range(world)]
+    for b in batches:
+        min(shares, key=lambda share: sum(other.columns for other in share)).append(b)
+    return shares[rank]
+
+
+def code_batch(
+    b: Batch, flat: Mapping[str, Tensor], hessians: Mapping[str, Tensor], **hooks: Callable[..., None]
+) -> dict[str, Coded]:
+    """GPTQ of one batch; `hooks` are those of `gptq`."""
+    weight = torch.stack([torch.cat([flat[name] for name in stack]) for stack in b.stacks])
+    hessian = torch.stack([hessians[hessian_key(stack[0])].to(weight.device) for stack in b.stacks])
+    parts = [t.cpu() for t in gptq(weight, hessian, b.bits, b.clip, **hooks)]
+    coded = {}
+    for i, stack in enumerate(b.stacks):
+        codes, scales = (t[i].split([len(flat[name]) for name in stack]) for t in parts)
+        for name, q, s in zip(stack, codes, scales, strict=True):  # copies: a view is saved with its whole batch
+            coded[name] = Coded("gptq", b.bits, q.clone(), s.clone(), None)
+    return coded
+
+
+def code_small(name: str, x: Tensor, cfg: Config) -> Coded:
+    """The stored form of a tensor that GPTQ does not touch."""
+    if role_of(name).storage == "rows" and cfg.gated_attn_quant_gate:
         codes, scale = int8_rows(x)
         return Coded("rows", 8, codes.cpu(), scale.cpu(), None)
     return Coded("float16", 16, None, None, x.half().cpu())
 
 
+def code_share(
+    share: Sequence[Batch], flat: Mapping[str, Tensor], hessians: Mapping[str, Tensor], run: Run
+) -> tuple[dict[str, tuple], list[str], str]:
+    """One rank's part: its coded matrices, what GPTQ had to say, and what it failed at, if it did."""
+    coded, notes, done, began = {}, [], 0, time.monotonic()
+    total = sum(b.columns for b in share)
+    for b in share:
+        say = lambda text, like=b.stacks[0][0]: notes.append(f"{like} and its like: {text}")
+        tick = lambda columns, done=done: run.progress("quantizing", done + columns, total, began)
+        try:
+            part = code_batch(b, flat, hessians, say=say, tick=tick)
+        except ValueError as e:
+            return {}, notes, str(e)
+        coded |= {name: tuple(c) for name, c in part.items()}
+        done += b.columns
+    return coded, notes, ""
+
+
 def quantize(state: Mapping[str, Tensor], hessians: Mapping[str, Tensor], cfg: Config, run: Run) -> dict[str, Coded]:
-    """Every tensor in its stored form, the work split over the ranks, the result on all of them."""
+    """Every tensor in its stored form, GPTQ split over the ranks, the result on all of them."""
     flat = unbank(state)
-    names, began = sorted(flat, key=lambda n: (-flat[n].numel(), n)), time.monotonic()
-    mine = {}
-    for done, name in enumerate(names[run.rank :: run.world], 1):
-        mine[name] = tuple(code_tensor(name, flat[name], hessians, cfg))
-        run.progress("quantizing", done * run.world, len(names), began)
-    every = {name: Coded(*parts) for share in run.gather(mine) for name, parts in share.items()}
+    batches = gptq_batches(flat, cfg)
+    shares = run.gather(code_share(share_of(run.rank, run.world, batches), flat, hessians, run))
+    for note in itertools.chain.from_iterable(notes for _, notes, _ in shares):
+        run.log(f"GPTQ: {note}")
+    if troubles := [trouble for *_, trouble in shares if trouble]:
+        raise Stop(troubles[0])
+    matrices = {name: Coded(*parts) for coded, *_ in shares for name, parts in coded.items()}
+    by_gptq = {name for b in batches for stack in b.stacks for name in stack}
+    every = {name: matrices[name] if name in by_gptq else code_small(name, x, cfg) for name, x in flat.items()}
     log_categories(every, run)
-    return {name: every[name] for name in flat}
+    return every
 
 
 def log_categories(coded: Mapping[str, Coded], run: Run) -> None:
