@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 from support import LoneRun, documents, tiny_config, tiny_model
 
 import train_gpt
-from train_gpt import MAGIC, ArtifactError, Coded, Config, Stop, code_tensor, pack, read_header, rebank, unbank, unpack
+from train_gpt import MAGIC, ArtifactError, Coded, Config, Stop, pack, quantize, read_header, rebank, unpack
 
 START = len(MAGIC) + 32 + 4  # of the header: behind the checksum and the header's length
 
@@ -38,7 +38,7 @@ def coded_model(seed: int = 0, **changes: Any) -> dict[str, Coded]:
     for i in range(model.cfg.num_layers):
         hessians |= {f"blocks.{i}.{site}": narrow for site in ("attn_in", "attn_out", "mlp_in")}
         hessians[f"blocks.{i}.mlp_out"] = wide
-    return {name: code_tensor(name, x, hessians, model.cfg) for name, x in unbank(model.state_dict()).items()}
+    return quantize(model.state_dict(), hessians, model.cfg, LoneRun())
 
 
 @pytest.fixture(scope="module")

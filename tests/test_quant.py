@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from support import LoneRun, documents, relative_error, tiny_config, tiny_model
 from torch import Tensor
 
 import train_gpt
-from train_gpt import Coded, calibrate, gptq, int8_rows, quantize, rebank, unbank
+from train_gpt import (
+    Coded,
+    Config,
+    Stop,
+    calibrate,
+    gptq,
+    gptq_batches,
+    hessian_key,
+    int8_rows,
+    quantize,
+    rebank,
+    share_of,
+    unbank,
+)
 
 
 def correlated_inputs(cols: int, seed: int = 0, rows: int = 200) -> Tensor:
@@ -94,6 +109,56 @@ def test_tiny_weights_survive_the_half_precision_scale() -> None:
     q, scale = gptq(w, x.mT @ x, 6, 12.0)
     assert (scale > 0).all()
     assert torch.isfinite(Coded("gptq", 6, q, scale, None).decode()).all()
+
+
+def hessians_of(n: int, cols: int) -> Tensor:
+    x = torch.stack([correlated_inputs(cols, seed) for seed in range(n)])
+    return x.mT @ x
+
+
+@pytest.mark.parametrize(("rows", "cols"), [(16, 40), (40, 150)])
+def test_a_batch_is_its_problems_one_by_one(rows: int, cols: int) -> None:
+    w, h = torch.randn(2, 3, rows, cols), hessians_of(6, cols).view(2, 3, cols, cols)
+    h[1, 2, 5] = h[1, 2, :, 5] = 0  # an input that never occurs in one problem alone
+    q, scale = gptq(w, h, 6, 12.0)
+    assert q.shape == w.shape
+    assert scale.shape == w.shape[:-1]
+    for i in range(2):
+        for j in range(3):
+            alone = gptq(w[i, j], h[i, j], 6, 12.0)
+            assert torch.equal(q[i, j], alone[0])
+            assert torch.equal(scale[i, j], alone[1])
+
+
+def test_stacked_rows_are_quantized_as_alone() -> None:
+    w, h = torch.randn(48, 40), hessians_of(1, 40)[0]
+    q, scale = gptq(w, h, 6, 12.0)
+    parts = [gptq(rows, h, 6, 12.0) for rows in w.split([32, 8, 8])]
+    assert torch.equal(q, torch.cat([p[0] for p in parts]))
+    assert torch.equal(scale, torch.cat([p[1] for p in parts]))
+
+
+def test_blocks_report_their_columns() -> None:
+    done: list[int] = []
+    gptq(torch.randn(4, 20), torch.eye(20), 6, 12.0, block_size=8, tick=done.append)
+    assert done == [8, 16, 20]
+
+
+def test_a_hessian_that_is_not_positive_definite_gets_more_damping_alone() -> None:
+    w, h, said = torch.randn(2, 8, 12), hessians_of(2, 12), []
+    h[1] = torch.eye(12)
+    h[1, 0, 1] = h[1, 1, 0] = 1.05  # eigenvalue -0.05: 1 % of the mean diagonal does not lift it, 10 % do
+    q, scale = gptq(w, h, 6, 12.0, say=said.append)
+    assert len(said) == 1
+    assert said[0].startswith("1 of 2 Hessians are not positive definite")
+    assert torch.equal(q[0], gptq(w[0], h[0], 6, 12.0)[0])
+    assert ((q[1] * scale[1].float()[:, None] - w[1]).abs() < 10 * scale[1].float()[:, None]).all()
+
+
+@pytest.mark.parametrize("h", [torch.full((5, 5), math.nan), -torch.eye(5)], ids=["nan", "negative"])
+def test_a_hopeless_hessian_is_an_error(h: Tensor) -> None:
+    with pytest.raises(ValueError, match="not finite"):
+        gptq(torch.randn(3, 5), h, 6, 12.0, say=lambda _: None)
 
 
 def test_int8_rows() -> None:
@@ -219,3 +284,93 @@ def test_every_matrix_uses_the_hessian_of_its_own_input() -> None:
             assert sums[f"blocks.{i}.{site}"].size(0) == flat[weight].size(1)
     assert train_gpt.hessian_key("tok_emb.weight") == "head"
     assert sums["head"].size(0) == flat["tok_emb.weight"].size(1)
+
+
+# ---- batches and ranks -----------------------------------------------------------------------------------------------
+def record_shapes() -> dict[str, Tensor]:
+    banks = dict(qo_bank=(22, 512, 512), kv_bank=(22, 256, 512), mlp_up_bank=(11, 2048, 512),
+                 mlp_down_bank=(11, 512, 2048), skip_weights=(8, 512))  # fmt: skip
+    shapes = banks | {"tok_emb.weight": (8192, 512), "blocks.0.attn.attn_gate_w": (8, 512)}
+    return unbank({k: torch.empty(s, device="meta") for k, s in shapes.items()})
+
+
+def test_the_matrices_of_the_record_are_five_batches() -> None:
+    flat = record_shapes()
+    batches = gptq_batches(flat, Config())
+    assert [(b.columns, b.bits, len(b.stacks)) for b in batches] == [
+        (2048, 6, 11), (512, 7, 1), (512, 6, 11), (512, 6, 11), (512, 6, 11)]  # fmt: skip
+    names = [name for b in batches for stack in b.stacks for name in stack]
+    assert len(names) == len(set(names)) == 67
+    assert set(names) == {name for name in flat if name not in ("skip_weights", "blocks.0.attn.attn_gate_w")}
+    for b in batches:
+        for stack in b.stacks:
+            assert len({hessian_key(name) for name in stack}) == 1
+        assert len({sum(len(flat[name]) for name in stack) for stack in b.stacks}) == 1
+
+
+@pytest.mark.parametrize(("world", "most"), [(1, 4096), (2, 2048), (4, 2048), (8, 2048)])
+def test_every_batch_is_one_ranks_and_the_load_is_even(world: int, most: int) -> None:
+    batches = gptq_batches(record_shapes(), Config())
+    shares = [share_of(rank, world, batches) for rank in range(world)]
+    assert sorted(map(str, sum(shares, []))) == sorted(map(str, batches))
+    assert max(sum(b.columns for b in share) for share in shares) == most
+
+
+class Collected(Exception):
+    pass
+
+
+class OneOfMany(LoneRun):
+    """A rank whose `gather` hands in its value and stops there; rank 0, the last to come, gets all of them."""
+
+    def __init__(self, rank: int, world: int, values: dict[int, object]):
+        super().__init__(rank=rank, world=world)
+        self.values = values
+
+    def gather(self, value: object) -> list[object]:
+        self.values[self.rank] = value
+        if self.rank:
+            raise Collected
+        return [self.values[rank] for rank in range(self.world)]
+
+
+@pytest.mark.parametrize("world", [2, 8])
+def test_any_number_of_ranks_computes_the_same_codes(world: int) -> None:
+    model = tiny_model()
+    state, sums = model.state_dict(), calibrate(model, [torch.arange(1, 65).view(4, 16)], LoneRun())
+    alone, values = quantize(state, sums, model.cfg, LoneRun()), {}
+    for rank in range(1, world):
+        with pytest.raises(Collected):
+            quantize(state, sums, model.cfg, OneOfMany(rank, world, values))
+    together = quantize(state, sums, model.cfg, OneOfMany(0, world, values))
+    assert list(together) == list(alone)
+    for name, one in alone.items():
+        for a, b in zip(one, together[name], strict=True):
+            assert torch.equal(a, b) if isinstance(a, Tensor) else a == b, name
+
+
+def test_batches_give_the_codes_of_each_matrix_alone() -> None:
+    flat, coded = quantized()
+    model = tiny_model(smear_gate_enabled=True, attn_out_gate_enabled=True)
+    tokens = torch.from_numpy(documents((16,) * 8).astype("int64")).view(8, 16)
+    sums = calibrate(model, [tokens], LoneRun())
+    for name, c in coded.items():
+        if c.kind == "gptq":
+            clip = next((v for k, v in {"mlp": 12.0, "attn": 13.0}.items() if f".{k}." in name), 15.0)
+            q, scale = gptq(flat[name], sums[hessian_key(name)], c.bits, clip)
+            assert torch.equal(c.codes, q), name
+            assert torch.equal(c.scale, scale), name
+            assert c.codes.untyped_storage().nbytes() == c.codes.numel(), "not a view of its batch"
+
+
+def test_trouble_with_hessians_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    model = tiny_model()
+    sums = calibrate(model, [torch.arange(1, 65).view(4, 16)], LoneRun())
+    sums["head"] = torch.eye(32)
+    sums["head"][0, 1] = sums["head"][1, 0] = 1.05
+    quantize(model.state_dict(), sums, model.cfg, LoneRun())
+    assert "GPTQ: tok_emb.weight and its like: 1 of 1 Hessians are not positive definite" in capsys.readouterr().out
+    sums["head"].fill_(math.nan)
+    with pytest.raises(Stop) as stopped:
+        quantize(model.state_dict(), sums, model.cfg, LoneRun())
+    assert "not finite" in stopped.value.sentence
