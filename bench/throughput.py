@@ -335,20 +335,58 @@ def attention_case(b: Bench) -> Case:
     return Case((q, k, v, docs), Cost(flops, n_bytes), Cost(2.5 * flops, 2 * n_bytes))
 
 
-def mlp_case(b: Bench) -> Case:
-    (x,), d, f = streams(b, 1), b.cfg.model_dim, b.cfg.hidden_dim
-    up, down = b.random(f, d, scale=d**-0.5), b.random(d, f, scale=f**-0.5)
-    flops, n_bytes = 4 * b.cfg.micro_batch_tokens * d * f, stream_bytes(b)
-    return Case((x, up, down), Cost(flops, 2 * n_bytes), Cost(2 * flops, 3 * n_bytes))
+class Products(NamedTuple):
+    """What a block multiplies in a forward pass, per token and in all."""
+
+    matrices: float
+    attention: float
 
 
-def merge_skip_case(b: Bench) -> Case:
+def block_flops(b: Bench) -> Products:
+    cfg, docs = b.cfg, mix_batch(b)[2]
+    width = 2 * cfg.model_dim + 2 * cfg.num_kv_heads * cfg.head_dim + 2 * cfg.hidden_dim
+    pairs = (docs.cu_seqlens.diff().double() ** 2).sum().item() / 2
+    return Products(2 * cfg.micro_batch_tokens * cfg.model_dim * width, 4 * cfg.model_dim * pairs)
+
+
+def block_inputs(b: Bench) -> tuple[Any, ...]:
+    """Weights, constants and context of a layer in the middle of the model, no adapters, no tap."""
+    model = random_model(b)
+    layer, docs = b.cfg.num_layers // 2, mix_batch(b)[2]
+    w = train_gpt.LayerWeights(*(None if t is None else t.detach().requires_grad_() for t in model.layers()[layer]))
+    rope = train_gpt.rotary_tables(b.cfg, b.cfg.micro_batch_tokens, False, b.device, b.run.dtype)
+    context = train_gpt.Context(rope, docs, b.kernels.attention)
+    return w, model.layer_constants[layer], context, train_gpt.NO_DELTAS, None
+
+
+def block_case(b: Bench, lanes: int) -> Case:
+    """One visit: 9 streams forward and 15 backward that no order of work avoids, and the hidden tensors of the MLP."""
+    flops, hidden = block_flops(b), 2 * b.cfg.hidden_dim / b.cfg.model_dim
+    n_bytes = stream_bytes(b)
+    forward = Cost(sum(flops), (9 + hidden) * n_bytes)
+    backward = Cost(2 * flops.matrices + 2.5 * flops.attention, (15 + 2 * hidden) * n_bytes)
+    return Case((*streams(b, lanes + 1), *block_inputs(b)), forward, backward)
+
+
+def serial_case(b: Bench) -> Case:
+    return block_case(b, 1)
+
+
+def two_lane_case(b: Bench) -> Case:
+    return block_case(b, 2)
+
+
+def merge_case(b: Bench) -> Case:
     x, kept = streams(b, 2)
     weight, gate = b.random(b.cfg.model_dim), b.random(b.cfg.model_dim)
     return Case((x, kept, weight, gate), Cost(0, 3 * stream_bytes(b)), Cost(0, 5 * stream_bytes(b)))
 
 
-def softcapped_loss_case(b: Bench) -> Case:
+def mean_norm_case(b: Bench) -> Case:
+    return Case(tuple(streams(b, 2)), Cost(0, 3 * stream_bytes(b)), Cost(0, 3 * stream_bytes(b)))
+
+
+def loss_case(b: Bench) -> Case:
     (hidden,), targets = streams(b, 1), mix_batch(b)[1]
     embedding = b.random(b.cfg.vocab_size, b.cfg.model_dim, scale=0.3)
     flops, n_bytes = 2 * hidden.size(1) * embedding.numel(), stream_bytes(b)
@@ -356,13 +394,13 @@ def softcapped_loss_case(b: Bench) -> Case:
     return Case(args, Cost(flops, n_bytes), Cost(2 * flops, 2 * n_bytes))
 
 
-# One row per field of `Kernels` that is a function. A function of train_gpt.py that is no such field (yet) may have a
-# row, too: its fused version is then what torch.compile makes of it, if the program compiles on this device.
-CASES: dict[str, Callable[[Bench], Case]] = {
+CASES: dict[str, Callable[[Bench], Case]] = {  # one row per field of `Kernels` that is a function
     "attention": attention_case,
-    "mlp": mlp_case,
-    "merge_skip": merge_skip_case,
-    "softcapped_loss": softcapped_loss_case,
+    "serial": serial_case,
+    "two_lane": two_lane_case,
+    "merge": merge_case,
+    "mean_norm": mean_norm_case,
+    "loss": loss_case,
 }
 
 
@@ -372,21 +410,16 @@ def kernel_fields() -> list[str]:
 
 
 def require_cases() -> None:
-    """Raises LookupError unless every kernel has a case and every case a function."""
+    """Raises LookupError unless every kernel has a case and every case a kernel."""
     if missing := [name for name in kernel_fields() if name not in CASES]:
         raise LookupError(f"kernels without a case: {', '.join(missing)}; add them to CASES in bench/throughput.py")
-    if stale := [name for name in CASES if name not in Kernels._fields and not hasattr(train_gpt, name)]:
-        raise LookupError(f"cases without a function in train_gpt.py: {', '.join(stale)}; rename or remove them")
+    if stale := [name for name in CASES if name not in Kernels._fields]:
+        raise LookupError(f"cases without a kernel in train_gpt.py: {', '.join(stale)}; rename or remove them")
 
 
 def versions(b: Bench, name: str) -> tuple[Callable[..., Any], Callable[..., Any] | None]:
     """Specification, and what the program runs instead of it, if anything."""
-    is_field = name in Kernels._fields
-    spec = getattr(SPEC if is_field else train_gpt, name)
-    if is_field:
-        chosen = getattr(b.kernels, name)
-    else:
-        chosen = torch.compile(spec, fullgraph=True) if b.kernels.compiled else spec
+    spec, chosen = getattr(SPEC, name), getattr(b.kernels, name)
     return torch.compile(spec) if b.compile_spec else spec, None if chosen is spec else chosen
 
 
@@ -492,6 +525,8 @@ def micro(b: Bench) -> Part:
 # First match counts, our own kernels before all. Names: cuBLAS (nvjet, xmma, cutlass), FlashAttention 2 to 4, what
 # torch.compile generates, PyTorch's own, and on a CPU the operators.
 KERNEL_CLASSES = (
+    ("MLP products", r"^leaky"),
+    ("stream, heads, loss", r"^(mix_norm|lanes|merge|prepare|gate|softcap)_"),
     ("GEMM", r"triton_tem"),
     ("reductions", r"triton_(red|per)_"),
     ("pointwise", r"triton_poi_"),
@@ -674,17 +709,10 @@ def run_documents(b: Bench, model: GPT, lengths: Sequence[int]) -> float:
     return spent
 
 
-def graphs() -> int:
-    """Graphs compiled so far."""
-    return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
-
-
 def ttt_row(b: Bench, model: GPT, label: str, batches: Sequence[Sequence[int]]) -> Row:
-    before = graphs()
     spent = sum(run_documents(b, model, lengths) for lengths in batches)
     tokens, n = sum(map(sum, batches)), sum(map(len, batches))
-    return {"documents": label, "number": n, "mean tokens": tokens / n, "seconds": spent, "tok/s": tokens / spent,
-            "graphs compiled": graphs() - before}  # fmt: skip
+    return {"documents": label, "number": n, "mean tokens": tokens / n, "seconds": spent, "tok/s": tokens / spent}
 
 
 def long_batches(b: Bench) -> list[list[int]]:
@@ -709,10 +737,9 @@ def long_rows(b: Bench, model: GPT) -> list[Row]:
     lengths = [length for batch in batches for length in batch]
     spent = sum(ramp + beyond * (length - full) for length in lengths)
     rows.append({"documents": "long, at the full window", "number": n, "mean tokens": more,
-                 "seconds": n * (both - ramp), "tok/s": 1 / beyond, "graphs compiled": None})  # fmt: skip
+                 "seconds": n * (both - ramp), "tok/s": 1 / beyond})  # fmt: skip
     rows.append({"documents": "long, whole (estimate)", "number": len(lengths),
-                 "mean tokens": statistics.mean(lengths), "seconds": spent, "tok/s": sum(lengths) / spent,
-                 "graphs compiled": None})  # fmt: skip
+                 "mean tokens": statistics.mean(lengths), "seconds": spent, "tok/s": sum(lengths) / spent})  # fmt: skip
     return rows
 
 
@@ -834,7 +861,7 @@ TITLES = {
     "profile": "Kernel time of a micro-batch by class",
     "step": "Optimizer step: the difference is clipping, optimizer, weight average, log and loader",
     "optimizer": "After the micro-batches of a step",
-    "ttt warm-up": "Test-time training, before the first score (compiled code already cached is not compiled again)",
+    "ttt warm-up": "Test-time training, before the first score (kernels already cached are not built again)",
     "ttt": "Test-time training, a few of the batches of documents as in FineWeb",
     "ttt long": "Test-time training, long documents",
     "gptq": "GPTQ of all matrices",
