@@ -525,8 +525,6 @@ def micro(b: Bench) -> Part:
 # First match counts, our own kernels before all. Names: cuBLAS (nvjet, xmma, cutlass), FlashAttention 2 to 4, what
 # torch.compile generates, PyTorch's own, and on a CPU the operators.
 KERNEL_CLASSES = (
-    ("MLP products", r"^leaky"),
-    ("stream, heads, loss", r"^(mix_norm|lanes|merge|prepare|gate|softcap)_"),
     ("GEMM", r"triton_tem"),
     ("reductions", r"triton_(red|per)_"),
     ("pointwise", r"triton_poi_"),

@@ -191,8 +191,8 @@ def test_kernel_classes(name: str, expected: str) -> None:
 
 @pytest.mark.skipif(train_gpt.triton is None, reason="no triton")
 def test_own_kernels_have_classes_of_their_own() -> None:
-    assert "leaky_gemm_kernel" in throughput.own_kernels()
-    assert throughput.kernel_class("leaky_gemm_kernel") == "leaky_gemm_kernel"
+    assert "leaky_tma_kernel" in throughput.own_kernels()
+    assert throughput.kernel_class("leaky_tma_kernel") == "leaky_tma_kernel"
 
 
 def test_profile_of_a_gpu_counts_its_kernels_alone() -> None:
