@@ -2324,13 +2324,26 @@ class Block(nn.Module):
         self.resid_mix = nn.Parameter(torch.stack((torch.ones(cfg.model_dim), torch.zeros(cfg.model_dim))))
 
 
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """For small matrices: QR decompositions by eight threads on four busy cores took 100 s, by one they take one."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 class GPT(nn.Module):
     """The language model of PR #1736: looped layers, U-net skips, two lanes at the end, gated attention, tied head.
 
     `looped` says whether the loop runs; parameter names and shapes are the public checkpoint contract.
     """
 
-    def __init__(self, cfg: Config, kernels: Kernels = SPEC, dtype: torch.dtype = torch.float32):
+    def __init__(
+        self, cfg: Config, kernels: Kernels = SPEC, dtype: torch.dtype = torch.float32, initialize: bool = True
+    ):
         super().__init__()
         self.cfg, self.kernels, self.dtype, self.looped = cfg, kernels, dtype, False
         n_layers, d, kv = cfg.num_layers, cfg.model_dim, cfg.num_kv_heads * cfg.head_dim
@@ -2358,7 +2371,9 @@ class GPT(nn.Module):
             )
             for i in range(n_layers)
         ]  # fmt: skip
-        self.init_weights()
+        if initialize:  # for nothing where a state dict is loaded next
+            with one_thread():
+                self.init_weights()
 
     @torch.no_grad()
     def init_weights(self) -> None:
@@ -2827,7 +2842,7 @@ def train_step(model: GPT, optimizer: Optimizer, loader: TrainLoader, lr_mul: fl
 
 
 def prime(cfg: Config, run: Run, model: GPT, optimizer: Optimizer) -> None:
-    """Untimed steps in each loop mode so that everything is compiled; then weights, momentum and data roll back."""
+    """Untimed steps in each loop mode so that every kernel is built; then weights, momentum and data roll back."""
     if cfg.warmup_steps <= 0:
         return
     weights = {n: p.detach().clone() for n, p in model.named_parameters()}
@@ -3841,7 +3856,7 @@ def only_batches(phases: list[Phase], cfg: Config) -> list[Phase]:
 
 
 def warm_up_ttt(scorer: TestTimeScorer) -> None:
-    """Runs every shape-independent graph once on random tokens, so that compilation is not counted as evaluation."""
+    """Runs every kernel once on random tokens, so that building it is not counted as evaluation."""
     run, cfg = scorer.run, scorer.cfg
     run.log("ttt_lora:warming up compile (random tokens, no val data)")
     began = time.monotonic()
@@ -3942,14 +3957,15 @@ def load_stage_file(cfg: Config, run: Run, name: str, asked: str) -> dict[str, A
     return state
 
 
-def new_model(cfg: Config, run: Run) -> GPT:
+def new_model(cfg: Config, run: Run, initialize: bool = False) -> GPT:
+    """On the device, with weights by the seed or, where a state dict is loaded next, with whatever memory holds."""
     seed_everything(cfg.seed)
-    return GPT(cfg, choose_kernels(cfg, run.device), run.dtype).place(run.device)
+    return GPT(cfg, choose_kernels(cfg, run.device), run.dtype, initialize).place(run.device)
 
 
 def train_stage(cfg: Config, run: Run, val: ValidationSet, result: dict[str, Any]) -> GPT:
     """Trains, scores the averaged weights and saves them."""
-    model = new_model(cfg, run)
+    model = new_model(cfg, run, initialize=True)
     run.log(f"kernels: {model.kernels.why}")
     run.log(f"model_params:{sum(p.numel() for p in model.parameters())}")
     if cfg.max_wallclock_seconds > 0:
