@@ -2265,6 +2265,10 @@ class Kernels(NamedTuple):
 
 
 SPEC = Kernels()
+FUSED = Kernels(
+    serial=serial_block_fused, two_lane=two_lane_block_fused, merge=merge_skip_fused, mean_norm=FusedMeanNorm.apply,
+    loss=softcapped_loss_fused, fused=True,
+)  # fmt: skip
 
 
 def choose_kernels(cfg: Config, device: torch.device) -> Kernels:
@@ -2283,12 +2287,6 @@ def choose_kernels(cfg: Config, device: torch.device) -> Kernels:
     if triton is None:
         return SPEC._replace(attention=ATTENTION_KINDS[kind], why=f"attention {kind} ({why}), plain PyTorch: no triton")
     return FUSED._replace(attention=ATTENTION_KINDS[kind], why=f"attention {kind} ({why}), fused blocks")
-
-
-FUSED = Kernels(
-    serial=serial_block_fused, two_lane=two_lane_block_fused, merge=merge_skip_fused, mean_norm=FusedMeanNorm.apply,
-    loss=softcapped_loss_fused, fused=True,
-)  # fmt: skip
 
 
 def importable(module: str) -> bool:
@@ -2326,7 +2324,7 @@ class Block(nn.Module):
 
 @contextlib.contextmanager
 def one_thread() -> Iterator[None]:
-    """For small matrices: QR decompositions by eight threads on four busy cores took 100 s, by one they take one."""
+    """For many small matrices: QR by eight threads pinned to four cores took 100 s, by one thread elsewhere 0.7 s."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
