@@ -648,3 +648,21 @@ def test_these_tests_use_every_part_of_the_model() -> None:
     assert cfg.num_loops and cfg.parallel_start_layer and cfg.gated_attn_enabled and cfg.smear_gate_enabled
     assert cfg.skip_gates_enabled and cfg.ttt_k_lora and cfg.ttt_mlp_lora and cfg.ttt_o_lora
     assert cfg.phased_ttt_num_phases > 1
+
+
+# A group that outlives its destruction leaves threads behind that abort the interpreter now and then while it ends.
+GROUP_IS_GONE = """
+import sys, weakref, train_gpt, torch.distributed as dist
+train_gpt.minify, destroy = (lambda source: source), dist.destroy_process_group
+def watched():
+    group = weakref.ref(dist.group.WORLD)
+    destroy()
+    sys.exit(0 if group() is None else 99)
+dist.destroy_process_group = watched
+train_gpt.main()
+"""
+
+
+def test_nothing_keeps_the_process_group(place: Place) -> None:
+    knobs = dict(ITERATIONS=1, VAL_LOSS_EVERY=0, TTT_ENABLED=0)
+    assert run(place.root / "group", place.data, dict(code=GROUP_IS_GONE, world=2), **knobs).codes == [0, 0]
