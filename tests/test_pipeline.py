@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from pipeline_tools import KNOBS, TINY, UNMINIFIED, Finished, Launch, make_shards, run, tiny, together
-from support import LoneRun, write_shard
+from support import ROOT, LoneRun, write_shard
 from torch import Tensor
 
 import train_gpt
@@ -664,5 +664,9 @@ train_gpt.main()
 
 
 def test_nothing_keeps_the_process_group(place: Place) -> None:
+    """In new interpreters: the forks of other tests have imported everything beforehand."""
+    script = place.root / "watched.py"
+    script.write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{GROUP_IS_GONE}")
     knobs = dict(ITERATIONS=1, VAL_LOSS_EVERY=0, TTT_ENABLED=0)
-    assert run(place.root / "group", place.data, dict(code=GROUP_IS_GONE, world=2), **knobs).codes == [0, 0]
+    how = dict(script=script, fresh=True, world=2)
+    assert run(place.root / "group", place.data, how, **knobs).codes == [0, 0]
