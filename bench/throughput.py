@@ -594,7 +594,7 @@ def training(b: Bench, cfg: Config) -> Training:
     model = random_model(b)
     optimizer, average = train_gpt.Optimizer(model, cfg, b.run), WeightAverage(model, cfg.ema_decay)
     watch, progress = train_gpt.Stopwatch(), train_gpt.Progress(step=10)  # the first five steps are logged at once
-    log = train_gpt.TrainLog(cfg, b.run, watch)
+    log = train_gpt.TrainLog(model, b.run, watch)
 
     def turn(loader: TrainLoader) -> None:
         b.run.agree(watch.seconds(), b.run.stop_signal)

@@ -204,7 +204,8 @@ def test_combinations_near_the_refused_ones_work() -> None:
 def test_every_knob_is_read_somewhere() -> None:
     """A knob that only its own check reads does nothing."""
     tree = ast.parse((ROOT / "train_gpt.py").read_text())
-    read = {f"{m.clip}_clip_sigmas" for m in train_gpt.MATRICES.values()}  # a name built at run time
+    read = {kind.knob for kind in train_gpt.Switch.__subclasses__()}
+    read |= {f"{m.clip}_clip_sigmas" for m in train_gpt.MATRICES.values()}  # a name built at run time
     read.add("tie_embeddings")  # has one legal value, which the check explains
     for node in tree.body:
         if isinstance(node, ast.FunctionDef) and node.name == "config_rules":

@@ -261,7 +261,7 @@ LIES: dict[str, Callable[[dict[str, Any]], Any]] = {
     "other compressor": set_key("compressor", "zstd"),
     "unknown compressor": set_key("compressor", "rar"),
     "compressor that is a list": set_key("compressor", []),
-    "loop that is a number": set_key("looped", 1),
+    "loop that is text": set_key("looped", "1"),
     "settings that are a list": set_key("config", []),
     **{f"no {key}": lambda h, key=key: h.pop(key) and None for key in ("tensors", "compressor", "config", "pieces")},
     "header that is a list": lambda h: [h],
@@ -381,7 +381,7 @@ def test_the_submitted_program_runs_alone(minified: str, tmp_path: Path) -> None
 
 def test_the_minified_module_is_the_same_model(minified: str, tmp_path: Path) -> None:
     (tmp_path / "tiny_train_gpt.py").write_text(minified)
-    model = tiny_model(smear_gate_enabled=True, attn_out_gate_enabled=True)
+    model = tiny_model(attn_out_gate_enabled=True)
     model.looped = True
     knobs = {f.name.upper(): getattr(model.cfg, f.name) for f in fields(Config)}
     env = {k: str(int(v) if isinstance(v, bool) else v) for k, v in knobs.items() if v != ""}
@@ -424,7 +424,7 @@ def test_the_submission_folder_is_what_counts(
     artifact: bytes, minified: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(train_gpt, "minify", lambda source: minified)  # takes seconds, and has been done
-    sizes = train_gpt.build_submission(tmp_path / "submission", artifact)
+    sizes = train_gpt.build_submission(tmp_path / "submission", artifact, Config())
     files = {p.name: p.stat().st_size for p in (tmp_path / "submission").iterdir()}
     assert files == {"train_gpt.py": sizes["code"], train_gpt.ARTIFACT_NAME: len(artifact)}
     assert sizes["total"] == sum(files.values())

@@ -393,9 +393,9 @@ def bpb_of_artifact(blob: bytes, place: Place, looped: bool) -> float:
 
 
 def test_inference_runs_without_a_loop_that_was_never_trained(unlooped: Finished, place: Place) -> None:
-    assert train_gpt.unpack(unlooped.artifact)[1] is False
-    assert unlooped.result["looped"] is False
-    assert "artifact: looped=False" in unlooped.output and "layer_loop:enabled" not in unlooped.output
+    assert train_gpt.unpack(unlooped.artifact)[1] == 0
+    assert unlooped.result["looped"] == 0
+    assert "artifact: looped=0" in unlooped.output and "layer_loop:enabled" not in unlooped.output
     assert unlooped.result["bpb_quantized"] == pytest.approx(bpb_of_artifact(unlooped.artifact, place, False), rel=1e-5)
     assert unlooped.result["bpb_quantized"] != pytest.approx(bpb_of_artifact(unlooped.artifact, place, True), rel=1e-3)
     assert unlooped.result["bpb_ttt"] == pytest.approx(unlooped.result["bpb_quantized"], rel=0.05)
