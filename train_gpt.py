@@ -1659,10 +1659,17 @@ def boundary_capacity(row_tokens: int) -> int:
     return max(64, 1 << max(row_tokens // 256 - 1, 1).bit_length())
 
 
-def host_row(tokens: np.ndarray, piece: int, pin: bool = False) -> tuple[Tensor, Docs]:
-    """n+1 tokens -> an int32 row of them and the document boundaries of the first n; page-locked if asked for."""
-    row = torch.from_numpy(tokens.astype(np.int32))
-    cu = torch.from_numpy(pack_boundaries(tokens[:-1], piece, boundary_capacity(len(tokens) - 1)))
+def host_row(
+    tokens: np.ndarray, piece: int, pin: bool = False, edges: np.ndarray | None = None
+) -> tuple[Tensor, Docs]:
+    """n+1 tokens -> an int32 row of them and the boundaries of the first n; page-locked if asked for.
+
+    The boundaries are `edges`, of sequences no longer than `piece`, or else those of the documents.
+    """
+    n, row = len(tokens) - 1, torch.from_numpy(tokens.astype(np.int32))
+    room = boundary_capacity(n)
+    cu = pack_boundaries(tokens[:-1], piece, room) if edges is None else padded_edges(edges, n, room)
+    cu = torch.from_numpy(cu)
     return (row.pin_memory(), Docs(cu.pin_memory(), piece)) if pin else (row, Docs(cu, piece))
 
 
@@ -1675,16 +1682,11 @@ def sent_row(row: Tensor, docs: Docs, device: torch.device) -> tuple[Tensor, Ten
     return row[None, :-1].long(), row[None, 1:].long(), docs._replace(cu_seqlens=cu)
 
 
-def packed_row(tokens: np.ndarray, piece: int) -> tuple[Tensor, Tensor, Docs]:
-    """n+1 tokens -> inputs (1, n), targets (1, n) and the document boundaries of the inputs, on the CPU."""
-    return sent_row(*host_row(tokens, piece), torch.device("cpu"))
-
-
-def to_device(batch: tuple[Tensor, Tensor, Docs], device: torch.device) -> tuple[Tensor, Tensor, Docs]:
-    if device.type == "cpu":
-        return batch
-    inputs, targets, cu = (t.pin_memory().to(device, non_blocking=True) for t in (*batch[:2], batch[2].cu_seqlens))
-    return inputs, targets, Docs(cu, batch[2].max_len)
+def packed_row(
+    tokens: np.ndarray, piece: int, device: torch.device, edges: np.ndarray | None = None
+) -> tuple[Tensor, Tensor, Docs]:
+    """n+1 tokens -> inputs (1, n), targets (1, n) and the boundaries of the inputs, on the device."""
+    return sent_row(*host_row(tokens, piece, device.type == "cuda", edges), device)
 
 
 class TrainLoader:
@@ -2778,7 +2780,7 @@ def evaluate(model: GPT, val: ValidationSet, cfg: Config, run: Run, label: str) 
             tokens = val.tokens[r * row : (r + 1) * row + 1]
             n = len(tokens) - 1
             tokens = np.pad(tokens, (0, row - n), constant_values=BOS)  # one shape for the tail, too
-            inputs, targets, docs = to_device(packed_row(tokens, cfg.eval_seq_len), run.device)
+            inputs, targets, docs = packed_row(tokens, cfg.eval_seq_len, run.device)
             losses = model(inputs, targets, docs=docs, reduction="none")
             meter.add(losses[0, :n], n, int(val.token_bytes[r * row + 1 : r * row + n + 1].sum()))
             run.progress(f"evaluating {label}", r + 1, n_rows, began)
@@ -3920,13 +3922,11 @@ def base_loss(model: GPT, tokens: np.ndarray, row: int, cfg: Config, run: Run) -
     """Summed nats of the targets in `tokens` (n inputs and one target more), padded to `row` inputs."""
     n = max(len(tokens) - 1, 0)
     tokens = np.pad(tokens, (0, row + 1 - len(tokens)), constant_values=BOS)
-    inputs, targets, docs = packed_row(tokens, cfg.eval_seq_len)
     # Sequences are cut on one grid whatever the ranks' shares: every number of ranks learns from the same pieces.
     edges = np.arange(0, row, cfg.eval_seq_len)
     if cfg.global_ttt_respect_doc_boundaries:
         edges = np.union1d(edges, np.flatnonzero(tokens[:-1] == BOS))
-    docs = docs._replace(cu_seqlens=torch.from_numpy(padded_edges(edges, row, len(docs.cu_seqlens))))
-    inputs, targets, docs = to_device((inputs, targets, docs), run.device)
+    inputs, targets, docs = packed_row(tokens, cfg.eval_seq_len, run.device, edges)
     counts = (torch.arange(row, device=run.device) < n)[None]
     return (model(inputs, targets, docs=docs, reduction="none") * counts).sum()
 
