@@ -1659,9 +1659,7 @@ def boundary_capacity(row_tokens: int) -> int:
     return max(64, 1 << max(row_tokens // 256 - 1, 1).bit_length())
 
 
-def host_row(
-    tokens: np.ndarray, piece: int, pin: bool = False, edges: np.ndarray | None = None
-) -> tuple[Tensor, Docs]:
+def host_row(tokens: np.ndarray, piece: int, pin: bool = False, edges: np.ndarray | None = None) -> tuple[Tensor, Docs]:
     """n+1 tokens -> an int32 row of them and the boundaries of the first n; page-locked if asked for.
 
     The boundaries are `edges`, of sequences no longer than `piece`, or else those of the documents.
