@@ -457,7 +457,7 @@ class Run:
     def log(self, text: str = "", console: bool = True) -> None:
         if self.main and console:
             print(text, flush=True)
-        if self.main and self.folder:
+        if self.main and self.folder and self.folder.is_dir():  # a run that is refused makes none
             with open(self.folder / "log.txt", "a") as f:
                 f.write(text + "\n")
 
@@ -550,7 +550,7 @@ def write_atomically(path: Path, write: Callable[[Any], None]) -> None:
 
 
 def start_run(cfg: Config) -> Run:
-    """Joins the process group (there always is one), picks device and dtype, opens the run folder."""
+    """Joins the process group (there always is one), picks device, dtype and run folder."""
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         store, rank, world = next(dist.rendezvous("env://"))
     else:
@@ -576,7 +576,6 @@ def start_run(cfg: Config) -> Run:
     seed_everything(cfg.seed)
     run_id = cfg.run_id or time.strftime("%Y%m%d-%H%M%S") + f"-seed{cfg.seed}"
     run.folder = Path(run.same(str(cfg.run_dir or cfg.artifact_dir or f"runs/{run_id}")))
-    open_folder(run)
     return run
 
 
@@ -592,6 +591,7 @@ def on_signal(run: Run, number: int) -> None:
 
 
 def open_folder(run: Run) -> None:
+    """Makes the run folder, once nothing else speaks against the run, and tries to write there."""
     problem = ""
     if run.main:
         try:
@@ -614,24 +614,30 @@ def preflight(cfg: Config, run: Run, needs_training_data: bool) -> None:
     """Every check that needs no model, on rank 0, all problems at once. Raises Stop on every rank."""
     problems = list(environment_problems(cfg, run)) if run.main else []
     if run.main:
-        problems += [*missing_inputs(cfg, run), *data_problems(cfg, needs_training_data)]
+        problems += [*input_problems(cfg, run), *data_problems(cfg, needs_training_data)]
     if problems := run.same(problems):
         raise Stop("\n".join(["cannot start:", *(f"  - {p}" for p in problems)]), 2)
 
 
-def missing_inputs(cfg: Config, run: Run) -> Iterator[str]:
-    """Files that the asked-for start needs and that are not there."""
+def input_problems(cfg: Config, run: Run) -> Iterator[str]:
+    """Files that the asked-for start needs and that are not there or belong to another model."""
     needs = {"": [], "calibrate": ["01_weights.pt"], "quantize": ["01_weights.pt", "02_hessians.pt"],
              "pack": ["03_coded.pt"], "evaluate": [ARTIFACT_NAME], "ttt": [ARTIFACT_NAME]}[cfg.from_stage]  # fmt: skip
     rows = [(f"FROM_STAGE={cfg.from_stage}", run.folder / name, "start from an earlier stage") for name in needs]
     if cfg.resume:
         rows.append(("RESUME=1", run.folder / "checkpoint.pt", "start the run without RESUME"))
+    stage_files = [path for _, path, _ in rows if path.suffix == ".pt"]
     for name in ("eval_only_checkpoint", "eval_only_artifact"):
         if path := getattr(cfg, name):
             rows.append((name.upper(), Path(path), "give the path of an existing file"))
     for asked, path, remedy in rows:
         if not path.is_file():
             yield f"{asked} needs {path}, which is not there: {remedy}"
+        elif path in stage_files:
+            try:
+                load_stage_file(cfg, run, path.name, asked, map_location="cpu", mmap=True)  # reads no tensor
+            except Stop as stop:
+                yield stop.sentence
 
 
 def environment_problems(cfg: Config, run: Run) -> Iterator[str]:
@@ -645,7 +651,8 @@ def environment_problems(cfg: Config, run: Run) -> Iterator[str]:
             yield f"the package {package} is missing: pip install {package}"
     # weights and their average in float32, both optimizer states, and the artifact
     need = 6 * 4 * estimated_parameters(cfg) + 2 * ARTIFACT_LIMIT
-    free = shutil.disk_usage(run.folder).free
+    folder = run.folder.absolute()
+    free = shutil.disk_usage(next(p for p in (folder, *folder.parents) if os.path.exists(p))).free
     if free < need:
         yield f"{run.folder} has {free >> 20} MiB free and the run may write {need >> 20}: free some or set RUN_DIR"
     if run.device.type == "cuda":
@@ -2987,7 +2994,10 @@ def train(cfg: Config, run: Run, model: GPT, val: ValidationSet) -> Progress:
             save_checkpoint(run, model, optimizer, average, progress)
         if stop:
             name = signal.Signals(int(stop)).name
-            raise Stop(f"stopped by {name} at step {step}: RESUME=1 RUN_DIR={run.folder} goes on", 128 + int(stop))
+            raise Stop(
+                f"stopped by {name} at step {step}: RESUME=1 RUN_DIR={run.folder} goes on, with the same knobs",
+                128 + int(stop),
+            )
         if done:
             break
         if cfg.num_loops > 0 and not progress.looped and fraction >= cfg.enable_looping_at:
@@ -3940,16 +3950,18 @@ def shape_fingerprint(cfg: Config) -> dict[str, Any]:
     return {k: getattr(cfg, k) for k in MODEL_FIELDS}
 
 
-def load_stage_file(cfg: Config, run: Run, name: str, asked: str) -> dict[str, Any]:
+def load_stage_file(cfg: Config, run: Run, name: str, asked: str, **how: Any) -> dict[str, Any]:
     """A file that an earlier stage left in the run folder. Raises Stop if it is missing, broken or of another model."""
     path = run.folder / name
     try:
-        state = torch.load(path, map_location=run.device, weights_only=True)
+        state = torch.load(path, weights_only=True, **{"map_location": run.device, **how})
+        theirs = state["fingerprint"]
     except Exception as e:  # torch raises many kinds for a damaged file
         raise Stop(f"{asked} cannot read {path} ({type(e).__name__}): start from an earlier stage", 2) from None
-    theirs, ours = state["fingerprint"], shape_fingerprint(cfg)
+    ours = shape_fingerprint(cfg)
     if differ := [f"{k.upper()}={theirs.get(k)} there, {ours[k]} here" for k in ours if theirs.get(k) != ours[k]]:
-        raise Stop(f"{path} belongs to another model: {'; '.join(differ)}", 2)
+        remedy = "set the knobs of that run (its run.json has them)"
+        raise Stop(f"{path} belongs to another model: {'; '.join(differ)}; {remedy}", 2)
     return state
 
 
@@ -3995,10 +4007,9 @@ def restored_model(cfg: Config, run: Run, result: dict[str, Any]) -> GPT:
     return model
 
 
-def checkpoint_model(cfg: Config, run: Run, val: ValidationSet, result: dict[str, Any]) -> GPT:
+def checkpoint_model(cfg: Config, run: Run) -> GPT:
     """The model of EVAL_ONLY_CHECKPOINT: our 01_weights.pt, or a public state dict (loop on, as the record scores)."""
     path = Path(cfg.eval_only_checkpoint)
-    run.log(f"EVAL_ONLY_BYPASS: loading {path}, skipping training")
     try:
         state = torch.load(path, map_location=run.device, weights_only=True)
     except Exception as e:
@@ -4010,9 +4021,6 @@ def checkpoint_model(cfg: Config, run: Run, val: ValidationSet, result: dict[str
     except RuntimeError as e:
         raise Stop(f"{path} does not fit the settings: {e}", 2) from None
     model.looped = bool(looped)
-    result.update(looped=model.looped)
-    run.log(f"EVAL_ONLY_BYPASS: model loaded, compiled, looping_active={model.looped}")
-    score_float(cfg, run, model, val, result)
     return model
 
 
@@ -4091,9 +4099,8 @@ def model_from_artifact(cfg: Config, run: Run, blob: bytes) -> GPT:
     return model
 
 
-def score_stages(cfg: Config, run: Run, blob: bytes, val: ValidationSet, result: dict[str, Any], first: str) -> None:
-    """Plain evaluation and test-time training of the artifact."""
-    model = model_from_artifact(cfg, run, blob)
+def score_stages(run: Run, model: GPT, val: ValidationSet, result: dict[str, Any], first: str) -> None:
+    """Plain evaluation and test-time training of the artifact's model."""
     cfg = model.cfg
     result["looped"] = model.looped
     run.log(f"artifact: looped={model.looped} kernels: {model.kernels.why}")
@@ -4130,18 +4137,30 @@ def pipeline(cfg: Config, run: Run) -> dict[str, Any]:
     preflight(cfg, run, needs_training_data=at <= STAGES.index("calibrate"))
     val = load_validation(cfg)
     result: dict[str, Any] = {"seed": cfg.seed, "world": run.world}
+    made, model = at <= STAGES.index("pack"), None
+    if cfg.eval_only_checkpoint:
+        model = checkpoint_model(cfg, run)
+    elif not made:
+        model = model_from_artifact(cfg, run, artifact_to_score(cfg, run))
+    open_folder(run)  # what is refused has been refused: nothing was written before
     describe_run(cfg, run, val)
-    made = at <= STAGES.index("pack")
-    blob = make_artifact(cfg, run, val, result, at) if made else artifact_to_score(cfg, run)
-    if run.device.type == "cuda":
-        torch.cuda.empty_cache()
-    score_stages(cfg, run, blob, val, result, first)
+    if made:
+        blob = make_artifact(cfg, run, val, result, at, model)
+        if run.device.type == "cuda":
+            torch.cuda.empty_cache()
+        model = model_from_artifact(cfg, run, blob)
+    score_stages(run, model, val, result, first)
     result["peak_memory_mib"] = run.peak_memory_mib()
     return result
 
 
-def make_artifact(cfg: Config, run: Run, val: ValidationSet, result: dict[str, Any], at: int) -> bytes:
-    """The training half: weights, Hessians, codes, artifact, each from its stage or from the file that stage left."""
+def make_artifact(
+    cfg: Config, run: Run, val: ValidationSet, result: dict[str, Any], at: int, model: GPT | None
+) -> bytes:
+    """The training half: weights, Hessians, codes, artifact, each from its stage or from the file that stage left.
+
+    model: that of EVAL_ONLY_CHECKPOINT.
+    """
     if at == STAGES.index("pack"):
         state = load_stage_file(cfg, run, "03_coded.pt", "FROM_STAGE=pack")
         result.update({k: state[k] for k in ("steps", "train_seconds", "looped") if state[k] is not None})
@@ -4149,8 +4168,11 @@ def make_artifact(cfg: Config, run: Run, val: ValidationSet, result: dict[str, A
             k: Coded(*(p.cpu() if isinstance(p, Tensor) else p for p in parts)) for k, parts in state["coded"].items()
         }
         return pack_stage(cfg, run, coded, result)
-    if cfg.eval_only_checkpoint:
-        model = checkpoint_model(cfg, run, val, result)
+    if model:
+        run.log(f"EVAL_ONLY_BYPASS: loading {cfg.eval_only_checkpoint}, skipping training")
+        run.log(f"EVAL_ONLY_BYPASS: model loaded, compiled, looping_active={model.looped}")
+        result.update(looped=model.looped)
+        score_float(cfg, run, model, val, result)
     elif at == 0:
         model = train_stage(cfg, run, val, result)
     else:
@@ -4278,7 +4300,7 @@ def main() -> int:
         return stop.code
     except Interrupted as stop:
         name = signal.Signals(stop.args[0]).name
-        run.log(f"stopped by {name}: the finished stages are in {run.folder}, FROM_STAGE goes on from them")
+        run.log(f"stopped by {name}: FROM_STAGE goes on from the finished stages in {run.folder}, with the same knobs")
         return 128 + stop.args[0]
     finally:
         if dist.is_initialized():

@@ -499,7 +499,7 @@ def test_a_killed_run_ends_in_the_same_weights(ended: dict[str, Any], full: Fini
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_stopped_run_can_go_on(ended: dict[str, Any], number: signal.Signals, world: int) -> None:
     stopped, resumed = ended[f"{number.name} {world}"]
-    says = rf"^stopped by {number.name} at step (\d+): RESUME=1 RUN_DIR={stopped.folder} goes on$"
+    says = rf"^stopped by {number.name} at step (\d+): RESUME=1 RUN_DIR={stopped.folder} goes on, with the same knobs$"
     sentence = re.search(says, stopped.output, re.M)
     assert sentence, stopped.output
     step = int(sentence[1])
@@ -520,7 +520,8 @@ def test_a_stopped_run_can_go_on(ended: dict[str, Any], number: signal.Signals, 
 def test_a_signal_while_scoring_ends_the_run(ended: dict[str, Any]) -> None:
     scoring = ended["scoring"]
     assert scoring.code == 128 + signal.SIGTERM
-    assert re.search(r"^stopped by SIGTERM: ", scoring.output, re.M)
+    says = rf"^stopped by SIGTERM: FROM_STAGE goes on from the .* in {scoring.folder}, with the same knobs$"
+    assert re.search(says, scoring.output, re.M)
     assert not SENTENCE.search(scoring.output), scoring.output
 
 
@@ -568,8 +569,17 @@ def refused(place: Place, full: Finished) -> dict[str, Finished]:
     hiding.mkdir()
     (hiding / "sitecustomize.py").write_text(HIDING)
 
-    def weights(name: str) -> Path:
-        return folder_with(full, root / name, "01_weights.pt")
+    unmarked = Path(shutil.copytree(place.val_only, root / "unmarked"))
+    tokens = train_gpt.read_shard(unmarked / "fineweb_val_000000.bin")
+    write_shard(unmarked / "fineweb_val_000000.bin", [t + (t == train_gpt.BOS) for t in tokens])
+    artifact = root / "flipped.ptz"
+    artifact.write_bytes(full.artifact[:-1] + bytes([full.artifact[-1] ^ 1]))
+
+    def weights(name: str, file: str = "01_weights.pt", size: int | None = None) -> Path:
+        """A run folder of before: its weights, under another name or cut short if asked for, and its run.json."""
+        folder = folder_with(full, root / name, "01_weights.pt", "run.json")
+        (folder / file).write_bytes((folder / "01_weights.pt").read_bytes()[:size])
+        return folder
 
     packages = {"PYTHONPATH": hiding, "HIDDEN_PACKAGES": "brotli,python_minifier,zstandard,sentencepiece"}
     return together({
@@ -581,6 +591,13 @@ def refused(place: Place, full: Finished) -> dict[str, Finished]:
         "no data": lambda: run(root / "no_data", root / "hiding", VOCAB_SIZE=4096),
         "other model": lambda: run(
             weights("other_model"), place.data, FROM_STAGE="calibrate", MLP_MULT=3, LOOP_END=2),
+        "other checkpoint": lambda: run(
+            weights("other_checkpoint", "checkpoint.pt"), place.data, RESUME=1, MLP_MULT=3),
+        "broken weights": lambda: run(weights("broken_weights", size=5000), place.data, FROM_STAGE="calibrate"),
+        "broken artifact": lambda: run(root / "fresh4", place.val_only, EVAL_ONLY_ARTIFACT=artifact),
+        "other state dict": lambda: run(
+            root / "fresh5", place.data, EVAL_ONLY_CHECKPOINT=full.folder / "final_model.pt", MLP_MULT=3),
+        "no documents": lambda: run(root / "fresh6", unmarked, EVAL_ONLY_ARTIFACT=full.folder / ARTIFACT_NAME),
         "no Hessians": lambda: run(weights("no_hessians"), place.data, FROM_STAGE="quantize"),
         "no checkpoint": lambda: run(root / "fresh", place.data, RESUME=1),
         "no artifact": lambda: run(root / "fresh2", place.data, EVAL_ONLY_ARTIFACT=root / "absent.ptz"),
@@ -613,8 +630,13 @@ REFUSALS = {  # what each of them has to say, all of it at once
     ],
     "other model": [
         r"01_weights\.pt belongs to another model: .*MLP_MULT=2\.0 there, 3\.0 here",
-        r"LOOP_END=1 there, 2 here",
+        r"LOOP_END=1 there, 2 here.*; set the knobs of that run \(its run\.json has them\)$",
     ],
+    "other checkpoint": [r"checkpoint\.pt belongs to another model: MLP_MULT=2\.0 there, 3\.0 here; set the knobs"],
+    "broken weights": [r"FROM_STAGE=calibrate cannot read .*01_weights\.pt \(\w+\): start from an earlier stage"],
+    "broken artifact": [r"cannot use this artifact: "],
+    "other state dict": [r"final_model\.pt does not fit the settings: "],
+    "no documents": [r"the validation shards hold no document start"],
     "no Hessians": [r"02_hessians\.pt.* not there"],
     "no checkpoint": [r"RESUME=1 needs .*checkpoint\.pt, which is not there"],
     "no artifact": [r"EVAL_ONLY_ARTIFACT needs .*absent\.ptz, which is not there"],
@@ -626,15 +648,22 @@ REFUSALS = {  # what each of them has to say, all of it at once
 def test_a_run_that_cannot_work_does_not_start(refused: dict[str, Finished], case: str) -> None:
     end = refused[case]
     assert end.code == 2
-    assert [s for s in REFUSALS[case] if not re.search(s, end.output)] == [], end.output
+    assert [s for s in REFUSALS[case] if not re.search(s, end.output, re.M)] == [], end.output
     assert not SENTENCE.search(end.output), end.output
     assert not re.search(r"warmup|train_loss|val_bpb|Hessians from", end.output), end.output
-    written = {p.name for p in end.folder.iterdir()} if end.folder.is_dir() else set()
-    assert written <= {"log.txt", "01_weights.pt", "run.json", "metrics.jsonl"}
 
 
-def test_settings_are_checked_before_anything_is_written(refused: dict[str, Finished]) -> None:
-    assert not refused["knobs"].folder.exists()
+@pytest.mark.parametrize("case", REFUSALS)
+def test_a_refused_run_writes_nothing_but_a_line_in_an_old_log(
+    refused: dict[str, Finished], full: Finished, case: str
+) -> None:
+    folder = refused[case].folder
+    if case in ("other model", "other checkpoint", "broken weights", "no Hessians"):
+        assert {p.name for p in folder.iterdir()} <= {"01_weights.pt", "checkpoint.pt", "run.json", "log.txt"}
+        assert (folder / "run.json").read_bytes() == (full.folder / "run.json").read_bytes()
+        assert (folder / "log.txt").read_text().startswith("cannot start:")
+    else:
+        assert not folder.exists()
 
 
 def test_every_process_count_prints_a_refusal_once(refused: dict[str, Finished]) -> None:
