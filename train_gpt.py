@@ -491,12 +491,16 @@ class Run:
 
     def gather(self, value: Any) -> list[Any]:
         """One small Python object per rank, in rank order, on every rank."""
+        if self.world == 1:  # Gloo's thread would start OpenMP threads of its own: more than cores, so that all sleep
+            return [value]
         box: list[Any] = [None] * self.world
         dist.all_gather_object(box, value)
         return box
 
     def same(self, value: Any) -> Any:
         """Rank 0's object, everywhere."""
+        if self.world == 1:
+            return value
         box = [value]
         dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
         return box[0]

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from pipeline_tools import KNOBS, TINY, UNMINIFIED, Finished, Launch, make_shards, run, tiny, together
-from support import LoneRun, write_shard
+from support import CPU, LoneRun, write_shard
 from torch import Tensor
 
 import train_gpt
@@ -677,3 +677,11 @@ def test_these_tests_use_every_part_of_the_model() -> None:
     assert cfg.num_loops and cfg.parallel_start_layer and cfg.gated_attn_enabled and cfg.smear_gate_enabled
     assert cfg.skip_gates_enabled and cfg.ttt_k_lora and cfg.ttt_mlp_lora and cfg.ttt_o_lora
     assert cfg.phased_ttt_num_phases > 1
+
+
+def test_a_single_process_needs_no_other_thread_to_talk_to_itself() -> None:
+    """There is no process group here. Its threads would make OpenMP threads, with which the cores are overcommitted."""
+    alone, value = train_gpt.Run(0, 1, CPU, torch.float32, None), torch.ones(3)
+    alone.barrier()
+    assert alone.agree(2.0) == [2.0]
+    assert alone.sum(value) is alone.same(value) is alone.gather(value)[0] is value
