@@ -4255,35 +4255,53 @@ def report(cfg: Config, run: Run, result: dict[str, Any]) -> bool:
     return all(not used or used <= limit for _, used, limit in gates)
 
 
-def print_sizes(folder: str | None) -> None:
-    """Bytes of the submission by part: each section of this file alone, the program, a run's artifact by section."""
+def print_sizes(folder: str) -> None:
+    """Bytes of the submission by part; `folder` is the run whose artifact counts, or empty."""
+    blob = Path(folder, ARTIFACT_NAME).read_bytes() if folder else b""
+    header = read_header(blob)[0] if folder else {}
     source = Path(__file__).read_text()
     whole = self_extracting(minify(source))
     print(f"{'source':<40}{len(source.encode()):>12}")
     print(f"{'minified':<40}{len(minify(source)):>12}")
     print(f"{'submission/train_gpt.py':<40}{len(whole):>12}")
+    print("of which, each compressed alone, so that they sum to more:")
     parts = re.split(r"^# -{20,}\n# (\d+\. .*?)(?::.*)?\n(?:# .*\n)*# -{20,}\n", source, flags=re.M)
     for title, body in zip(parts[1::2], parts[2::2], strict=True):
         print(f"  {title:<38}{len(_brotli(minify(body).encode())):>12}")
-    artifact = Path(folder) / ARTIFACT_NAME if folder else None
-    if artifact and artifact.is_file():
-        header, payload = read_header(artifact.read_bytes())
-        print(f"{artifact!s:<40}{artifact.stat().st_size:>12}")
-        lengths = iter(header["pieces"])
-        for name, size in _section_sizes(_tensor_layout(header)).items():
-            print(f"  {name:<38}{sum(itertools.islice(lengths, math.ceil(size / PIECE))):>12}")
-        print(f"{'headroom':<40}{ARTIFACT_LIMIT - len(whole) - artifact.stat().st_size:>12}")
+    if not folder:
+        print("without an artifact; name a run folder to add it: make size RUN=runs/demo")
+        return
+    print(f"{folder + '/' + ARTIFACT_NAME:<40}{len(blob):>12}")
+    print("of which, beside its header:")
+    lengths = iter(header["pieces"])
+    for name, size in _section_sizes(_tensor_layout(header)).items():
+        print(f"  {name:<38}{sum(itertools.islice(lengths, math.ceil(size / PIECE))):>12}")
+    print(f"{'headroom':<40}{ARTIFACT_LIMIT - len(whole) - len(blob):>12}")
+
+
+USAGE = "usage: train_gpt.py [--help | --size [RUN_FOLDER]]    settings are environment variables: see --help"
+
+
+def obey_arguments(args: Sequence[str]) -> int:
+    """What a command line with arguments asks for; returns the exit code."""
+    if args in (["--help"], ["-h"]):
+        print_help()
+    elif args[0] == "--size" and len(args) <= 2:
+        try:
+            print_sizes(args[1] if len(args) == 2 else "")
+        except (OSError, ArtifactError) as e:
+            print(f"cannot read an artifact in {args[1]}: {e}", file=sys.stderr)
+            return 2
+    else:
+        print(USAGE, file=sys.stderr)
+        return 2
+    return 0
 
 
 def main() -> int:
     """Exit code 0: scored within the budgets; 1: failed; 2: bad settings or input; 3: scored, but over a budget."""
-    if "--help" in sys.argv or "-h" in sys.argv:
-        print_help()
-        return 0
-    if "--size" in sys.argv:
-        rest = sys.argv[sys.argv.index("--size") + 1 :]
-        print_sizes(rest[0] if rest else None)
-        return 0
+    if sys.argv[1:]:
+        return obey_arguments(sys.argv[1:])
     first = os.environ.get("RANK", "0") == "0"
     try:
         cfg = load_config(os.environ)
