@@ -167,7 +167,7 @@ def test_the_result_block_ends_log_and_output(full: Finished) -> None:
     for label, key in (("float (EMA)", "bpb_float"), ("quantized", "bpb_quantized"), ("after TTT", "bpb_ttt")):
         assert f"| {label} | {r[key]:.5f} |" in block
     assert f"| artifact bytes | {r['total_bytes']} | 16000000 | pass |" in block
-    assert re.search(r"^\| train \+ calibration seconds \| \d+\.\d \| 600 \| pass \|$", block, re.M)
+    assert re.search(r"^\| train \+ calibration seconds \| \d+\.\d \| none set \| \|$", block, re.M)
     assert re.search(r"^\| evaluation seconds \| \d+\.\d \| 600 \| pass \|$", block, re.M)
     assert "seed 42, 12 steps" in block
 
@@ -362,6 +362,21 @@ def test_compressors_keep_every_tensor(variants: dict[str, Finished], full: Fini
     assert other.artifact != full.artifact
     assert_same_tensors(train_gpt.unpack(other.artifact)[0], train_gpt.unpack(full.artifact)[0])
     assert other.result["bpb_quantized"] == full.result["bpb_quantized"]
+
+
+@pytest.mark.parametrize(
+    ("knob", "seconds", "row", "kept"),
+    [(600, 600.0, "600.0 | 600 | pass", True), (600, 600.1, "600.1 | 600 | FAIL", False),
+     (9000, 7000.0, "7000.0 | 600 | FAIL", False), (0, 7000.0, "7000.0 | none set |", True)],
+)  # fmt: skip
+def test_training_seconds_have_a_limit_unless_the_run_goes_by_steps(
+    knob: int, seconds: float, row: str, kept: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "run.json").write_text("{}")
+    cfg = settings_of({"MAX_WALLCLOCK_SECONDS": knob})
+    result = dict(train_seconds=seconds - 1, calibrate_seconds=1, peak_memory_mib=1)
+    assert train_gpt.report(cfg, LoneRun(tmp_path), result) is kept
+    assert f"| train + calibration seconds | {row} |" in capsys.readouterr().out
 
 
 def test_too_many_bytes_are_an_error_after_the_score(variants: dict[str, Finished]) -> None:
@@ -624,7 +639,7 @@ REFUSALS = {  # what each of them has to say, all of it at once
         for name in ("brotli", "python-minifier", "zstandard", "sentencepiece")
     ],
     "no data": [
-        r"no fineweb_val_\*\.bin in .*: set DATA_PATH",
+        r"no fineweb_val_\*\.bin in .*: set DATA_PATH, .*make demo",
         r"no fineweb_train_\*\.bin in .*: set DATA_PATH",
         r"caseops_8192\.model has 8192 pieces but VOCAB_SIZE is 4096",
     ],
