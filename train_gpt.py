@@ -642,6 +642,7 @@ def input_problems(cfg: Config, run: Run) -> Iterator[str]:
                 load_stage_file(cfg, run, path.name, asked, map_location="cpu", mmap=True)  # reads no tensor
             except Stop as stop:
                 yield stop.sentence
+                return  # the next file would say the same
 
 
 def environment_problems(cfg: Config, run: Run) -> Iterator[str]:

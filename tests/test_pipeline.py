@@ -605,7 +605,7 @@ def refused(place: Place, full: Finished) -> dict[str, Finished]:
         "packages": lambda: run(root / "packages", place.data, dict(fresh=True), COMPRESSOR="zstd", **packages),
         "no data": lambda: run(root / "no_data", root / "hiding", VOCAB_SIZE=4096),
         "other model": lambda: run(
-            weights("other_model"), place.data, FROM_STAGE="calibrate", MLP_MULT=3, LOOP_END=2),
+            weights("other_model", "02_hessians.pt"), place.data, FROM_STAGE="quantize", MLP_MULT=3, LOOP_END=2),
         "other checkpoint": lambda: run(
             weights("other_checkpoint", "checkpoint.pt"), place.data, RESUME=1, MLP_MULT=3),
         "broken weights": lambda: run(weights("broken_weights", size=5000), place.data, FROM_STAGE="calibrate"),
@@ -674,11 +674,16 @@ def test_a_refused_run_writes_nothing_but_a_line_in_an_old_log(
 ) -> None:
     folder = refused[case].folder
     if case in ("other model", "other checkpoint", "broken weights", "no Hessians"):
-        assert {p.name for p in folder.iterdir()} <= {"01_weights.pt", "checkpoint.pt", "run.json", "log.txt"}
+        old = {"01_weights.pt", "02_hessians.pt", "checkpoint.pt", "run.json"}
+        assert {p.name for p in folder.iterdir()} <= old | {"log.txt"}
         assert (folder / "run.json").read_bytes() == (full.folder / "run.json").read_bytes()
         assert (folder / "log.txt").read_text().startswith("cannot start:")
     else:
         assert not folder.exists()
+
+
+def test_files_of_another_model_are_named_once(refused: dict[str, Finished]) -> None:
+    assert refused["other model"].output.count("belongs to another model") == 1
 
 
 def test_every_process_count_prints_a_refusal_once(refused: dict[str, Finished]) -> None:
