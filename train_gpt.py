@@ -507,7 +507,7 @@ class Run:
     def log(self, text: str = "", console: bool = True) -> None:
         if self.main and console:
             print(text, flush=True)
-        if self.main and self.folder:
+        if self.main and self.folder and self.folder.is_dir():  # a run that is refused makes none
             with open(self.folder / "log.txt", "a") as f:
                 f.write(text + "\n")
 
@@ -541,12 +541,16 @@ class Run:
 
     def gather(self, value: Any) -> list[Any]:
         """One small Python object per rank, in rank order, on every rank."""
+        if self.world == 1:  # Gloo's thread would start OpenMP threads of its own: more than cores, so that all sleep
+            return [value]
         box: list[Any] = [None] * self.world
         dist.all_gather_object(box, value)
         return box
 
     def same(self, value: Any) -> Any:
         """Rank 0's object, everywhere."""
+        if self.world == 1:
+            return value
         box = [value]
         dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
         return box[0]
@@ -600,7 +604,7 @@ def write_atomically(path: Path, write: Callable[[Any], None]) -> None:
 
 
 def start_run(cfg: Config) -> Run:
-    """Joins the process group (there always is one), picks device and dtype, opens the run folder."""
+    """Joins the process group (there always is one), picks device, dtype and run folder."""
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         store, rank, world = next(dist.rendezvous("env://"))
     else:
@@ -626,7 +630,6 @@ def start_run(cfg: Config) -> Run:
     seed_everything(cfg.seed)
     run_id = cfg.run_id or time.strftime("%Y%m%d-%H%M%S") + f"-seed{cfg.seed}"
     run.folder = Path(run.same(str(cfg.run_dir or cfg.artifact_dir or f"runs/{run_id}")))
-    open_folder(run)
     return run
 
 
@@ -642,6 +645,7 @@ def on_signal(run: Run, number: int) -> None:
 
 
 def open_folder(run: Run) -> None:
+    """Makes the run folder, once nothing else speaks against the run, and tries to write there."""
     problem = ""
     if run.main:
         try:
@@ -664,24 +668,31 @@ def preflight(cfg: Config, run: Run, needs_training_data: bool) -> None:
     """Every check that needs no model, on rank 0, all problems at once. Raises Stop on every rank."""
     problems = list(environment_problems(cfg, run)) if run.main else []
     if run.main:
-        problems += [*missing_inputs(cfg, run), *data_problems(cfg, needs_training_data)]
+        problems += [*input_problems(cfg, run), *data_problems(cfg, needs_training_data)]
     if problems := run.same(problems):
         raise Stop("\n".join(["cannot start:", *(f"  - {p}" for p in problems)]), 2)
 
 
-def missing_inputs(cfg: Config, run: Run) -> Iterator[str]:
-    """Files that the asked-for start needs and that are not there."""
+def input_problems(cfg: Config, run: Run) -> Iterator[str]:
+    """Files that the asked-for start needs and that are not there or belong to another model."""
     needs = {"": [], "calibrate": ["01_weights.pt"], "quantize": ["01_weights.pt", "02_hessians.pt"],
              "pack": ["03_coded.pt"], "evaluate": [ARTIFACT_NAME], "ttt": [ARTIFACT_NAME]}[cfg.from_stage]  # fmt: skip
     rows = [(f"FROM_STAGE={cfg.from_stage}", run.folder / name, "start from an earlier stage") for name in needs]
     if cfg.resume:
         rows.append(("RESUME=1", run.folder / "checkpoint.pt", "start the run without RESUME"))
+    stage_files = [path for _, path, _ in rows if path.suffix == ".pt"]
     for name in ("eval_only_checkpoint", "eval_only_artifact"):
         if path := getattr(cfg, name):
             rows.append((name.upper(), Path(path), "give the path of an existing file"))
     for asked, path, remedy in rows:
         if not path.is_file():
             yield f"{asked} needs {path}, which is not there: {remedy}"
+        elif path in stage_files:
+            try:
+                load_stage_file(cfg, run, path.name, asked, map_location="cpu", mmap=True)  # reads no tensor
+            except Stop as stop:
+                yield stop.sentence
+                return  # the next file would say the same
 
 
 def environment_problems(cfg: Config, run: Run) -> Iterator[str]:
@@ -695,7 +706,8 @@ def environment_problems(cfg: Config, run: Run) -> Iterator[str]:
             yield f"the package {package} is missing: pip install {package}"
     # weights and their average in float32, both optimizer states, and the artifact
     need = 6 * 4 * estimated_parameters(cfg) + 2 * ARTIFACT_LIMIT
-    free = shutil.disk_usage(run.folder).free
+    folder = run.folder.absolute()
+    free = shutil.disk_usage(next(p for p in (folder, *folder.parents) if os.path.exists(p))).free
     if free < need:
         yield f"{run.folder} has {free >> 20} MiB free and the run may write {need >> 20}: free some or set RUN_DIR"
     if run.device.type == "cuda":
@@ -713,7 +725,8 @@ def data_problems(cfg: Config, needs_training_data: bool) -> Iterator[str]:
     """Missing, broken or too small shards, and a tokenizer or sidecar that does not belong to them."""
     val, sidecar, train = val_files(cfg), sidecar_files(cfg), train_files(cfg)
     if not val:
-        yield f"no fineweb_val_*.bin in {cfg.shard_dir}: set DATA_PATH, or make shards with prepare_caseops_data.py"
+        remedy = "set DATA_PATH, or make shards with prepare_caseops_data.py (make demo does, for a first try)"
+        yield f"no fineweb_val_*.bin in {cfg.shard_dir}: {remedy}"
     if cfg.caseops_enabled and len(sidecar) != len(val):
         yield f"{len(val)} validation shards but {len(sidecar)} byte sidecars (val_bytes) in {cfg.shard_dir}"
     if needs_training_data and not train:
@@ -1749,10 +1762,15 @@ def boundary_capacity(row_tokens: int) -> int:
     return max(64, 1 << max(row_tokens // 256 - 1, 1).bit_length())
 
 
-def host_row(tokens: np.ndarray, piece: int, pin: bool = False) -> tuple[Tensor, Docs]:
-    """n+1 tokens -> an int32 row of them and the document boundaries of the first n; page-locked if asked for."""
-    row = torch.from_numpy(tokens.astype(np.int32))
-    cu = torch.from_numpy(pack_boundaries(tokens[:-1], piece, boundary_capacity(len(tokens) - 1)))
+def host_row(tokens: np.ndarray, piece: int, pin: bool = False, edges: np.ndarray | None = None) -> tuple[Tensor, Docs]:
+    """n+1 tokens -> an int32 row of them and the boundaries of the first n; page-locked if asked for.
+
+    The boundaries are `edges`, of sequences no longer than `piece`, or else those of the documents.
+    """
+    n, row = len(tokens) - 1, torch.from_numpy(tokens.astype(np.int32))
+    room = boundary_capacity(n)
+    cu = pack_boundaries(tokens[:-1], piece, room) if edges is None else padded_edges(edges, n, room)
+    cu = torch.from_numpy(cu)
     return (row.pin_memory(), Docs(cu.pin_memory(), piece)) if pin else (row, Docs(cu, piece))
 
 
@@ -1765,16 +1783,11 @@ def sent_row(row: Tensor, docs: Docs, device: torch.device) -> tuple[Tensor, Ten
     return row[None, :-1].long(), row[None, 1:].long(), docs._replace(cu_seqlens=cu)
 
 
-def packed_row(tokens: np.ndarray, piece: int) -> tuple[Tensor, Tensor, Docs]:
-    """n+1 tokens -> inputs (1, n), targets (1, n) and the document boundaries of the inputs, on the CPU."""
-    return sent_row(*host_row(tokens, piece), torch.device("cpu"))
-
-
-def to_device(batch: tuple[Tensor, Tensor, Docs], device: torch.device) -> tuple[Tensor, Tensor, Docs]:
-    if device.type == "cpu":
-        return batch
-    inputs, targets, cu = (t.pin_memory().to(device, non_blocking=True) for t in (*batch[:2], batch[2].cu_seqlens))
-    return inputs, targets, Docs(cu, batch[2].max_len)
+def packed_row(
+    tokens: np.ndarray, piece: int, device: torch.device, edges: np.ndarray | None = None
+) -> tuple[Tensor, Tensor, Docs]:
+    """n+1 tokens -> inputs (1, n), targets (1, n) and the boundaries of the inputs, on the device."""
+    return sent_row(*host_row(tokens, piece, device.type == "cuda", edges), device)
 
 
 class TrainLoader:
@@ -2922,7 +2935,7 @@ def evaluate(model: GPT, val: ValidationSet, cfg: Config, run: Run, label: str) 
             tokens = val.tokens[r * row : (r + 1) * row + 1]
             n = len(tokens) - 1
             tokens = np.pad(tokens, (0, row - n), constant_values=BOS)  # one shape for the tail, too
-            inputs, targets, docs = to_device(packed_row(tokens, cfg.eval_seq_len), run.device)
+            inputs, targets, docs = packed_row(tokens, cfg.eval_seq_len, run.device)
             losses = model(inputs, targets, docs=docs, reduction="none")
             meter.add(losses[0, :n], n, int(val.token_bytes[r * row + 1 : r * row + n + 1].sum()))
             run.progress(f"evaluating {label}", r + 1, n_rows, began)
@@ -3134,7 +3147,10 @@ def train(cfg: Config, run: Run, model: GPT, val: ValidationSet) -> Progress:
             save_checkpoint(run, model, optimizer, average, progress)
         if stop:
             name = signal.Signals(int(stop)).name
-            raise Stop(f"stopped by {name} at step {step}: RESUME=1 RUN_DIR={run.folder} goes on", 128 + int(stop))
+            raise Stop(
+                f"stopped by {name} at step {step}: RESUME=1 RUN_DIR={run.folder} goes on, with the same knobs",
+                128 + int(stop),
+            )
         if done:
             break
         if (looped := looped_at(cfg, fraction)) > progress.looped:
@@ -4086,13 +4102,11 @@ def base_loss(model: GPT, tokens: np.ndarray, row: int, cfg: Config, run: Run) -
     """Summed nats of the targets in `tokens` (n inputs and one target more), padded to `row` inputs."""
     n = max(len(tokens) - 1, 0)
     tokens = np.pad(tokens, (0, row + 1 - len(tokens)), constant_values=BOS)
-    inputs, targets, docs = packed_row(tokens, cfg.eval_seq_len)
     # Sequences are cut on one grid whatever the ranks' shares: every number of ranks learns from the same pieces.
     edges = np.arange(0, row, cfg.eval_seq_len)
     if cfg.global_ttt_respect_doc_boundaries:
         edges = np.union1d(edges, np.flatnonzero(tokens[:-1] == BOS))
-    docs = docs._replace(cu_seqlens=torch.from_numpy(padded_edges(edges, row, len(docs.cu_seqlens))))
-    inputs, targets, docs = to_device((inputs, targets, docs), run.device)
+    inputs, targets, docs = packed_row(tokens, cfg.eval_seq_len, run.device, edges)
     counts = (torch.arange(row, device=run.device) < n)[None]
     return (model(inputs, targets, docs=docs, reduction="none") * counts).sum()
 
@@ -4108,16 +4122,18 @@ def shape_fingerprint(cfg: Config) -> dict[str, Any]:
     return {k: getattr(cfg, k) for k in MODEL_FIELDS}
 
 
-def load_stage_file(cfg: Config, run: Run, name: str, asked: str) -> dict[str, Any]:
+def load_stage_file(cfg: Config, run: Run, name: str, asked: str, **how: Any) -> dict[str, Any]:
     """A file that an earlier stage left in the run folder. Raises Stop if it is missing, broken or of another model."""
     path = run.folder / name
     try:
-        state = torch.load(path, map_location=run.device, weights_only=True)
+        state = torch.load(path, weights_only=True, **{"map_location": run.device, **how})
+        theirs = state["fingerprint"]
     except Exception as e:  # torch raises many kinds for a damaged file
         raise Stop(f"{asked} cannot read {path} ({type(e).__name__}): start from an earlier stage", 2) from None
-    theirs, ours = state["fingerprint"], shape_fingerprint(cfg)
+    ours = shape_fingerprint(cfg)
     if differ := [f"{k.upper()}={theirs.get(k)} there, {ours[k]} here" for k in ours if theirs.get(k) != ours[k]]:
-        raise Stop(f"{path} belongs to another model: {'; '.join(differ)}", 2)
+        remedy = "set the knobs of that run (its run.json has them)"
+        raise Stop(f"{path} belongs to another model: {'; '.join(differ)}; {remedy}", 2)
     return state
 
 
@@ -4163,10 +4179,9 @@ def restored_model(cfg: Config, run: Run, result: dict[str, Any]) -> GPT:
     return model
 
 
-def checkpoint_model(cfg: Config, run: Run, val: ValidationSet, result: dict[str, Any]) -> GPT:
+def checkpoint_model(cfg: Config, run: Run) -> GPT:
     """The model of EVAL_ONLY_CHECKPOINT: our 01_weights.pt, or a public state dict (loop on, as the record scores)."""
     path = Path(cfg.eval_only_checkpoint)
-    run.log(f"EVAL_ONLY_BYPASS: loading {path}, skipping training")
     try:
         state = torch.load(path, map_location=run.device, weights_only=True)
     except Exception as e:
@@ -4178,9 +4193,6 @@ def checkpoint_model(cfg: Config, run: Run, val: ValidationSet, result: dict[str
     except RuntimeError as e:
         raise Stop(f"{path} does not fit the settings: {e}", 2) from None
     model.looped = looped
-    result.update(looped=model.looped)
-    run.log(f"EVAL_ONLY_BYPASS: model loaded, compiled, looping_active={model.looped}")
-    score_float(cfg, run, model, val, result)
     return model
 
 
@@ -4261,9 +4273,8 @@ def model_from_artifact(cfg: Config, run: Run, blob: bytes) -> GPT:
     return model
 
 
-def score_stages(cfg: Config, run: Run, blob: bytes, val: ValidationSet, result: dict[str, Any], first: str) -> None:
-    """Plain evaluation and test-time training of the artifact."""
-    model = model_from_artifact(cfg, run, blob)
+def score_stages(run: Run, model: GPT, val: ValidationSet, result: dict[str, Any], first: str) -> None:
+    """Plain evaluation and test-time training of the artifact's model."""
     cfg = model.cfg
     result["looped"] = model.looped
     run.log(f"artifact: looped={model.looped} kernels: {model.kernels.why}")
@@ -4300,18 +4311,30 @@ def pipeline(cfg: Config, run: Run) -> dict[str, Any]:
     preflight(cfg, run, needs_training_data=at <= STAGES.index("calibrate"))
     val = load_validation(cfg)
     result: dict[str, Any] = {"seed": cfg.seed, "world": run.world}
+    made, model = at <= STAGES.index("pack"), None
+    if cfg.eval_only_checkpoint:
+        model = checkpoint_model(cfg, run)
+    elif not made:
+        model = model_from_artifact(cfg, run, artifact_to_score(cfg, run))
+    open_folder(run)  # what is refused has been refused: nothing was written before
     describe_run(cfg, run, val)
-    made = at <= STAGES.index("pack")
-    blob = make_artifact(cfg, run, val, result, at) if made else artifact_to_score(cfg, run)
-    if run.device.type == "cuda":
-        torch.cuda.empty_cache()
-    score_stages(cfg, run, blob, val, result, first)
+    if made:
+        blob = make_artifact(cfg, run, val, result, at, model)
+        if run.device.type == "cuda":
+            torch.cuda.empty_cache()
+        model = model_from_artifact(cfg, run, blob)
+    score_stages(run, model, val, result, first)
     result["peak_memory_mib"] = run.peak_memory_mib()
     return result
 
 
-def make_artifact(cfg: Config, run: Run, val: ValidationSet, result: dict[str, Any], at: int) -> bytes:
-    """The training half: weights, Hessians, codes, artifact, each from its stage or from the file that stage left."""
+def make_artifact(
+    cfg: Config, run: Run, val: ValidationSet, result: dict[str, Any], at: int, model: GPT | None
+) -> bytes:
+    """The training half: weights, Hessians, codes, artifact, each from its stage or from the file that stage left.
+
+    model: that of EVAL_ONLY_CHECKPOINT.
+    """
     if at == STAGES.index("pack"):
         state = load_stage_file(cfg, run, "03_coded.pt", "FROM_STAGE=pack")
         result.update({k: state[k] for k in ("steps", "train_seconds", "looped") if state[k] is not None})
@@ -4319,8 +4342,11 @@ def make_artifact(cfg: Config, run: Run, val: ValidationSet, result: dict[str, A
             k: Coded(*(p.cpu() if isinstance(p, Tensor) else p for p in parts)) for k, parts in state["coded"].items()
         }
         return pack_stage(cfg, run, coded, result)
-    if cfg.eval_only_checkpoint:
-        model = checkpoint_model(cfg, run, val, result)
+    if model:
+        run.log(f"EVAL_ONLY_BYPASS: loading {cfg.eval_only_checkpoint}, skipping training")
+        run.log(f"EVAL_ONLY_BYPASS: model loaded, compiled, looping_active={model.looped > 0}")
+        result.update(looped=model.looped)
+        score_float(cfg, run, model, val, result)
     elif at == 0:
         model = train_stage(cfg, run, val, result)
     else:
@@ -4369,7 +4395,10 @@ def describe_run(cfg: Config, run: Run, val: ValidationSet) -> None:
 
 
 def report(cfg: Config, run: Run, result: dict[str, Any]) -> bool:
-    """The result block, the last lines of the log; says whether the run keeps all budgets."""
+    """The result block, the last lines of the log; says whether the run keeps all budgets.
+
+    Training that was asked to go by steps alone, MAX_WALLCLOCK_SECONDS=0, has no budget of seconds.
+    """
     run.metric("result", **result)
     if run.main:
         path = run.folder / "run.json"
@@ -4386,48 +4415,67 @@ def report(cfg: Config, run: Run, result: dict[str, Any]) -> bool:
     training = result.get("train_seconds", 0) + result.get("calibrate_seconds", 0)
     gates = [
         ("artifact bytes", result.get("total_bytes"), ARTIFACT_LIMIT),
-        ("train + calibration seconds", training, BUDGET_SECONDS),
+        ("train + calibration seconds", training, BUDGET_SECONDS if cfg.max_wallclock_seconds > 0 else math.inf),
         ("evaluation seconds", result.get("ttt_seconds", result.get("eval_seconds")), BUDGET_SECONDS),
     ]
     run.log("\n| budget | used | limit | |\n|---|---|---|---|")
     for label, used, limit in gates:
         if used:
-            run.log(f"| {label} | {round(used, 1)} | {limit} | {'pass' if used <= limit else 'FAIL'} |")
+            end = f"{limit} | {'pass' if used <= limit else 'FAIL'}" if limit < math.inf else "none set |"
+            run.log(f"| {label} | {round(used, 1)} | {end} |")
     run.log(f"\nseed {cfg.seed}, {result.get('steps', '-')} steps, {run.world} x {run.device.type}")
     run.log(f"peak memory {result['peak_memory_mib']} MiB, whole run {time.monotonic() - run.started:.0f}s")
     run.log(f"files in {run.folder}")
     return all(not used or used <= limit for _, used, limit in gates)
 
 
-def print_sizes(folder: str | None) -> None:
-    """Bytes of the submission by part: each section of this file alone, the program, a run's artifact by section."""
+def print_sizes(folder: str) -> None:
+    """Bytes of the submission by part; `folder` is the run whose artifact counts, or empty."""
+    blob = Path(folder, ARTIFACT_NAME).read_bytes() if folder else b""
+    header = read_header(blob)[0] if folder else {}
     source = Path(__file__).read_text()
     whole = self_extracting(minify(without_switches(source, Config())))
     print(f"{'source':<40}{len(source.encode()):>12}")
     print(f"{'minified':<40}{len(minify(source)):>12}")
     print(f"{'submission/train_gpt.py':<40}{len(whole):>12}")
+    print("of which, each compressed alone, so that they sum to more:")
     parts = re.split(r"^# -{20,}\n# (\d+\. .*?)(?::.*)?\n(?:# .*\n)*# -{20,}\n", source, flags=re.M)
     for title, body in zip(parts[1::2], parts[2::2], strict=True):
         print(f"  {title:<38}{len(_brotli(minify(body).encode())):>12}")
-    artifact = Path(folder) / ARTIFACT_NAME if folder else None
-    if artifact and artifact.is_file():
-        header, payload = read_header(artifact.read_bytes())
-        print(f"{artifact!s:<40}{artifact.stat().st_size:>12}")
-        lengths = iter(header["pieces"])
-        for name, size in _section_sizes(_tensor_layout(header)).items():
-            print(f"  {name:<38}{sum(itertools.islice(lengths, math.ceil(size / PIECE))):>12}")
-        print(f"{'headroom':<40}{ARTIFACT_LIMIT - len(whole) - artifact.stat().st_size:>12}")
+    if not folder:
+        print("without an artifact; name a run folder to add it: make size RUN=runs/demo")
+        return
+    print(f"{folder + '/' + ARTIFACT_NAME:<40}{len(blob):>12}")
+    print("of which, beside its header:")
+    lengths = iter(header["pieces"])
+    for name, size in _section_sizes(_tensor_layout(header)).items():
+        print(f"  {name:<38}{sum(itertools.islice(lengths, math.ceil(size / PIECE))):>12}")
+    print(f"{'headroom':<40}{ARTIFACT_LIMIT - len(whole) - len(blob):>12}")
+
+
+USAGE = "usage: train_gpt.py [--help | --size [RUN_FOLDER]]    settings are environment variables: see --help"
+
+
+def obey_arguments(args: Sequence[str]) -> int:
+    """What a command line with arguments asks for; returns the exit code."""
+    if args in (["--help"], ["-h"]):
+        print_help()
+    elif args[0] == "--size" and len(args) <= 2:
+        try:
+            print_sizes(args[1] if len(args) == 2 else "")
+        except (OSError, ArtifactError) as e:
+            print(f"cannot read an artifact in {args[1]}: {e}", file=sys.stderr)
+            return 2
+    else:
+        print(USAGE, file=sys.stderr)
+        return 2
+    return 0
 
 
 def main() -> int:
     """Exit code 0: scored within the budgets; 1: failed; 2: bad settings or input; 3: scored, but over a budget."""
-    if "--help" in sys.argv or "-h" in sys.argv:
-        print_help()
-        return 0
-    if "--size" in sys.argv:
-        rest = sys.argv[sys.argv.index("--size") + 1 :]
-        print_sizes(rest[0] if rest else None)
-        return 0
+    if sys.argv[1:]:
+        return obey_arguments(sys.argv[1:])
     first = os.environ.get("RANK", "0") == "0"
     try:
         cfg = load_config(os.environ)
@@ -4448,7 +4496,7 @@ def main() -> int:
         return stop.code
     except Interrupted as stop:
         name = signal.Signals(stop.args[0]).name
-        run.log(f"stopped by {name}: the finished stages are in {run.folder}, FROM_STAGE goes on from them")
+        run.log(f"stopped by {name}: FROM_STAGE goes on from the finished stages in {run.folder}, with the same knobs")
         return 128 + stop.args[0]
     finally:
         if dist.is_initialized():
@@ -4517,8 +4565,8 @@ def switch_rules(c: Config) -> list[tuple[bool, str]]:
     try:
         gains, alphas, stages = c.qk_gains, c.recur_alphas, c.loop_stages
     except ValueError:
-        return [(True, "cannot read a list: give QK_GAIN_PER_LAYER as 2.3,2.9,..., RECUR_ALPHA_VALUES as 1 or as 1,1.2;1,0.9 and "
-                       "LOOP_CURRICULUM as 0.35:1,0.6:2")]  # fmt: skip
+        return [(True, "cannot read a list: give QK_GAIN_PER_LAYER as 2.3,2.9,..., RECUR_ALPHA_VALUES as 1 or as "
+                       "1,1.2;1,0.9 and LOOP_CURRICULUM as 0.35:1,0.6:2")]  # fmt: skip
     here = {kind.knob for kind in Switch.__subclasses__()}
     loops = [n for _, n in stages]
     per_pass = c.recur_homotopy or c.recur_alpha_enabled or c.cross_pass_xsa_enabled or c.recur_diag_p2p_cos
@@ -4529,7 +4577,7 @@ def switch_rules(c: Config) -> list[tuple[bool, str]]:
         (len(gains) not in (0, c.num_layers), f"QK_GAIN_PER_LAYER needs {c.num_layers} numbers, has {len(gains)}"),
         (bool(per_pass) and c.num_loops == 0, "RECUR_ and CROSS_PASS_ switches need NUM_LOOPS above 0"),
         (c.recur_alpha_enabled and [len(row) for row in alphas] != [c.looped_layers] * c.num_loops, shape),
-        (stages != sorted(stages) or loops != sorted(loops) or loops[-1] != c.num_loops or loops[0] < min(c.num_loops, 0),
+        (stages != sorted(stages) or loops != sorted(loops) or loops[-1] != c.num_loops or loops[0] < min(loops[-1], 0),
          f"LOOP_CURRICULUM must rise, in fractions and in passes, and end at NUM_LOOPS={c.num_loops}"),
         (bool(c.loop_curriculum) and c.recur_homotopy, "choose one of LOOP_CURRICULUM and RECUR_HOMOTOPY"),
         (c.recur_homotopy and not 0 < c.recur_homotopy_tau <= (1 - c.recur_homotopy_tmid) / 5,

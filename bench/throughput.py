@@ -233,7 +233,7 @@ def mix_for(b: Bench) -> np.ndarray:
 
 
 def mix_batch(b: Bench) -> Batch:
-    return train_gpt.to_device(train_gpt.packed_row(mix_for(b), b.cfg.train_seq_len), b.device)
+    return train_gpt.packed_row(mix_for(b), b.cfg.train_seq_len, b.device)
 
 
 def write_shard(path: Path, values: np.ndarray) -> None:

@@ -242,3 +242,13 @@ def test_bad_settings_end_with_code_2_and_every_problem(
     err = capsys.readouterr().err
     assert "NUM_LAYERS" in err
     assert "MODEL_DIM?" in err
+
+
+@pytest.mark.parametrize("args", [["--hlp"], ["--help", "MODEL_DIM"], ["MODEL_DIM=64"], ["--size", "a", "b"]])
+def test_an_unknown_command_line_ends_with_code_2_and_the_usage(
+    args: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["train_gpt.py", *args])
+    assert train_gpt.main() == 2
+    printed = capsys.readouterr()
+    assert printed.err.startswith("usage: train_gpt.py [--help | --size [RUN_FOLDER]]") and printed.out == ""
