@@ -1,26 +1,74 @@
-"""Run logs in, Markdown tables and plots out.
+"""Run logs in; tables, comparisons, pictures, a page to share and record folders out.
 
-    python read_logs.py RUN_DIR_OR_LOG... [--out PNG]    one table row per run; a plot for each run folder
-    python read_logs.py --result RUN_DIR                 the result of one run as a block for a README
+    python read_logs.py LOG...                            tables with one row per run, their mean and standard deviation
+    python read_logs.py LOG... --against LOG...           paired and Welch tests, the leaderboard rules
+    python read_logs.py LOG... --plots DIR                pictures; several runs share each of them
+    python read_logs.py LOG... --html FILE --json FILE    all of it as one page, or as data
+    python read_logs.py --result LOG                      the result of one run as a block for a README
+    python read_logs.py LOG... --record DIR --name NAME   a record folder whose every figure comes from the logs
+    python read_logs.py --check DIR                       every figure of a record folder that its logs do not give
+    python read_logs.py DIR... --ledger FILE              the list of experiments, one row per run
 
-A run folder is what train_gpt.py writes: log.txt, metrics.jsonl and run.json. A log is a text file with the result
-lines that every script of this family prints, so public logs read the same way. What a killed run did not reach is
-missing here too: "-" in a table, an empty panel in a plot. Nothing of this project is imported.
+LOG is a run folder (log.txt, metrics.jsonl, run.json), a record folder (log_*.txt and the like) or one text file with the
+result lines that every script of this family prints: public logs read the same way. Nothing of this project is imported.
+Exit code 0: done; 1: --check found a figure that disagrees; 2: nothing to read, or what was asked for is not possible.
+
+Contents: runs, reading, checks, tables, statistics, pictures, page, records, ledger, command line.
 """
 
 import argparse
+import base64
+import hashlib
+import html
+import io
+import itertools
 import json
 import math
+import pickle
 import re
+import shlex
 import statistics
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass, field, fields
-from itertools import accumulate
+import zipfile
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
+
+SIZE_LIMIT = 16_000_000  # bytes of code and artifact
+SECONDS_LIMIT = 600  # of training with calibration, and again of evaluation
+
+
+class LogError(ValueError):
+    """What is wrong with the input and what to do about it, in one sentence."""
+
 
 # ---- Runs ------------------------------------------------------------------------------------------------------------
+
+
+class Batch(NamedTuple):
+    """One batch of test-time training. Batches are numbered by document length, 1 has the shortest documents."""
+
+    loss: float  # nats per token
+    bpb: float
+    min_len: int  # tokens of its shortest and longest document
+    max_len: int
+    running: float | None = None  # bpb so far; in a public log that of one rank, over the batches which it took
+    tokens: float | None = None  # the sums behind loss and bpb, where metrics.jsonl has them
+    nats: float | None = None
+    size: float | None = None
+
+
+class Interval(NamedTuple):
+    """What happened between two logged steps."""
+
+    start: int
+    end: int
+    rate: float  # tokens/s
+    looped: bool
 
 
 @dataclass
@@ -28,224 +76,1844 @@ class Run:
     """The figures of one run, each None until a line gives it. Times in seconds, sizes in bytes, losses in nats."""
 
     name: str
+    log: Path
+    metrics: Path
+    info: Path
     seed: int | None = None
     steps: int | None = None
+    iterations: int | None = None  # steps asked for; the clock may stop the run before
     loop_step: int | None = None  # steps done when the loop came on
-    train_batch_tokens: int | None = None  # tokens of one optimizer step over all ranks
-    bpb_float: float | None = None  # averaged weights, before quantization
+    trained: bool = False
+    loss_float: float | None = None  # averaged weights, before quantization
+    bpb_float: float | None = None
+    loss_quantized: float | None = None
     bpb_quantized: float | None = None
+    loss_ttt: float | None = None
     bpb_ttt: float | None = None
-    artifact_bytes: int | None = None
+    weights_bytes: int | None = None  # the float checkpoint
+    source_bytes: int | None = None
     code_bytes: int | None = None
+    artifact_bytes: int | None = None
     total_bytes: int | None = None
     train_seconds: float | None = None
+    calibrate_seconds: float | None = None  # collecting the Hessians
+    quantize_seconds: float | None = None
     ttt_seconds: float | None = None
+    peak_memory_mib: int | None = None
+    world: int | None = None  # processes, one per GPU
+    device: str | None = None
+    commit: str | None = None
+    started: str | None = None
+    model_params: int | None = None
+    val_targets: int | None = None  # scored tokens
+    val_bytes: int | None = None
+    val_documents: int | None = None
+    val_sha256: str | None = None
+    prefix_documents: int | None = None
+    ttt_batches: int | None = None
+    hyper: dict[str, str] = field(default_factory=dict)  # every setting, as printed
+    changed: dict[str, str] | None = None  # knobs that differ from the defaults, upper case
     loss: dict[int, float] = field(default_factory=dict)  # step -> training loss
     clock: dict[int, tuple[float, float]] = field(default_factory=dict)  # step -> (training seconds, tokens so far)
-    ttt: dict[int, tuple[float, float, float]] = field(default_factory=dict)  # batch, as scored -> tokens, nats, bytes
+    validations: dict[int, tuple[float, float]] = field(default_factory=dict)  # step -> (loss, bpb)
+    ttt: dict[int, Batch] = field(default_factory=dict)  # in the order of scoring
+    learned: list[tuple[int, int]] = field(default_factory=list)  # per phase: documents scored, and learned from
     stages: dict[str, float] = field(default_factory=dict)  # stage -> seconds
+    tensors: dict[str, float] = field(default_factory=dict)  # matrix -> its quantization error relative to its norm
+    parts: dict[str, int] = field(default_factory=dict)  # section of the artifact -> compressed bytes
+    refusals: list[str] = field(default_factory=list)  # why it could not start
+    error: str | None = None  # the last exception or stop sentence
 
-    def rate(self, looped: bool) -> float | None:
-        """Median training tokens per second over the intervals wholly before, or wholly after, the loop came on.
+    def knob(self, name: str) -> float | None:
+        """A numeric setting, None where the log does not print it."""
+        try:
+            return float(self.hyper[name])
+        except (KeyError, ValueError):
+            return None
 
-        Steps 1 to 4 are logged one by one and only show how a run starts: they count when there is nothing else.
+    def intervals(self) -> list[Interval]:
+        """Rates between logged steps, those across the loop's onset left out.
+
+        The logged rate is cumulative, so differences are taken, over 20 steps or a fifteenth of the run: the time of a
+        single step on a GPU is when it was queued. Steps 1 to 4 only show how a run starts: they count when there is
+        nothing else.
         """
         onset = math.inf if self.loop_step is None else self.loop_step
-        steps = [step for step in sorted(self.clock) if (step >= onset if looped else step <= onset)]
+        steps = sorted(self.clock)
         settled = [step for step in steps if step >= 5]
-        points = [self.clock[step] for step in (settled if len(settled) > 1 else steps)]
-        rates = [(n1 - n0) / (t1 - t0) for (t0, n0), (t1, n1) in zip(points, points[1:], strict=False) if t1 > t0]
+        rows: list[Interval] = []
+        width, start = min(20, len(steps) // 15), None
+        for step in settled if len(settled) > 1 else steps:
+            if start is None or start < onset < step:
+                start = step
+            elif step - start >= width or step == onset:
+                (t0, n0), (t1, n1) = self.clock[start], self.clock[step]
+                if t1 > t0:
+                    rows.append(Interval(start, step, (n1 - n0) / (t1 - t0), start >= onset))
+                start = step
+        return rows
+
+    def rate(self, looped: bool) -> float | None:
+        """Median training tokens per second before, or after, the loop came on."""
+        rates = [i.rate for i in self.intervals() if i.looped == looped]
         return statistics.median(rates) if rates else None
 
+    def step_ms(self, looped: bool) -> float | None:
+        """Median milliseconds per step before, or after, the loop came on."""
+        rate, batch = self.rate(looped), self.knob("train_batch_tokens")
+        if batch is None and self.clock:
+            step, (_, tokens) = max(self.clock.items())
+            batch = tokens / step
+        return 1000 * batch / rate if rate and batch else None
 
-FIGURES = {item.name for item in fields(Run) if item.default is None}
+    def dips(self) -> list[Interval]:
+        """Intervals a tenth slower than the median of their part."""
+        return [i for i in self.intervals() if i.rate < 0.9 * (self.rate(i.looped) or 0)]
+
+    @property
+    def bytes_per_token(self) -> float | None:
+        """Of the last scored stage, by loss = bpb * ln 2 * bytes per token: the fingerprint of an accounting."""
+        for loss, bpb in ((self.loss_ttt, self.bpb_ttt), (self.loss_quantized, self.bpb_quantized),
+                          (self.loss_float, self.bpb_float), *reversed(self.validations.values())):  # fmt: skip
+            if loss and bpb:
+                return loss / (bpb * math.log(2))
+        return None
+
+    @property
+    def partial(self) -> bool:
+        """Whether test-time training was told to score only some documents."""
+        return (self.knob("val_doc_fraction") or 1) < 1 or bool(self.hyper.get("ttt_eval_batches"))
+
+    @property
+    def ends_quantized(self) -> bool:
+        return self.hyper.get("ttt_enabled") == "False"
+
+    @property
+    def started_at_all(self) -> bool:
+        return any((self.hyper, self.val_targets, self.steps, self.bpb_float, self.bpb_quantized, self.bpb_ttt))
+
+    @property
+    def complete(self) -> bool:
+        return (self.bpb_quantized if self.ends_quantized else self.bpb_ttt) is not None
+
+    @property
+    def state(self) -> str:
+        """`complete`, or the stage that a run without a score has reached."""
+        if self.complete:
+            return "complete, without TTT" if self.ends_quantized else "complete"
+        if not self.started_at_all:
+            return "did not start"
+        of = f" of {self.iterations}" if self.iterations else ""
+        reached = (
+            (
+                self.ttt or self.prefix_documents is not None,
+                f"TTT, {len(self.ttt)} of {self.ttt_batches or '?'} batches",
+            ),
+            (self.bpb_quantized, "quantized score"),
+            (self.total_bytes, "packing"),
+            (self.calibrate_seconds, "calibration"),
+            (self.bpb_float, "float score"),
+            (self.trained, "end of training"),
+            (self.steps, f"training, step {self.steps}{of}"),
+            (True, "set-up"),
+        )
+        return "reached " + next(label for there, label in reached if there)
+
 
 # ---- Reading ---------------------------------------------------------------------------------------------------------
 
-INT, NUM = r"(\d+)", r"(\S+)"
+INT, NUM = r"(\d+)", r"(\d+(?:\.\d+)?(?:e-?\d+)?)"
 
-# Public result lines -> the fields that their groups fill, in order. A field in ms becomes one in seconds.
-RESULT_LINES: dict[str, tuple[str, ...]] = {
-    rf"  seed: {INT}": ("seed",),
-    rf"  train_batch_tokens: {INT}": ("train_batch_tokens",),
-    rf"{INT}/\d+ (?:train|val)_loss: ": ("steps",),
-    rf"layer_loop:enabled step:{INT} ": ("loop_step",),
-    rf"stopping_early: \w+ train_time: {INT}ms step: {INT}/": ("train_ms", "steps"),
-    rf"diagnostic pre-quantization post-ema val_loss:\S+ val_bpb:{NUM}": ("bpb_float",),
-    rf"diagnostic quantized val_loss:\S+ val_bpb:{NUM}": ("bpb_quantized",),
-    rf"quantized_ttt_phased val_loss:\S+ val_bpb:{NUM} eval_time:{INT}ms": ("bpb_ttt", "ttt_ms"),
-    rf"Code size \(compressed\): {INT} bytes": ("code_bytes",),
-    rf"Serialized model quantized\+\w+: {INT} bytes": ("artifact_bytes",),
-    rf"Total submission size quantized\+\w+: {INT} bytes": ("total_bytes",),
+# A word that a line must hold -> what to search in it, and the fields that the groups fill. `_ms` becomes seconds. Lines
+# are searched, not matched from their start: ranks, launchers and warnings write in front of one another.
+RESULT_LINES: dict[str, tuple[str, tuple[str, ...]]] = {
+    "layer_loop:enabled": (rf"step:{INT} frac", ("loop_step",)),
+    "stopping_early:": (rf"train_time: {INT}ms step: {INT}/{INT}", ("train_ms", "steps", "iterations")),
+    "post-ema val_loss": (rf"val_loss:{NUM} val_bpb:{NUM}", ("loss_float", "bpb_float")),
+    "diagnostic quantized": (rf"val_loss:{NUM} val_bpb:{NUM}", ("loss_quantized", "bpb_quantized")),
+    "quantized_ttt_phased": (rf"val_loss:{NUM} val_bpb:{NUM} eval_time:{INT}ms", ("loss_ttt", "bpb_ttt", "ttt_ms")),
+    "Serialized model:": (rf": {INT} bytes", ("weights_bytes",)),
+    "Code size (uncompressed)": (rf": {INT} bytes", ("source_bytes",)),
+    "Code size (compressed)": (rf": {INT} bytes", ("code_bytes",)),
+    "Serialized model quantized": (rf"\+\w+: {INT} bytes", ("artifact_bytes",)),
+    "Total submission size": (rf"\+\w+: {INT} bytes", ("total_bytes",)),
+    "GPTQ:collected": (rf"Hessians in {NUM}s", ("calibrate_seconds",)),
+    "stage quantize:": (rf": {NUM}s", ("quantize_seconds",)),
+    "peak memory": (rf"peak memory (?:allocated: )?{INT} MiB", ("peak_memory_mib",)),
+    "model_params:": (rf"params:{INT}", ("model_params",)),
+    "val_tokens:": (rf": {INT}", ("val_targets",)),
+    "val data: sha256": (rf"sha256 (\w+) documents {INT} bytes {INT}", ("val_sha256", "val_documents", "val_bytes")),
+    "ttt_phased: total_docs": (rf"docs:{INT} prefix_docs:{INT}", ("val_documents", "prefix_documents")),
+    "seed ": (rf"^seed {INT}, ", ("seed",)),
+    " commit ": (rf"^run \S+ on {INT} x (.+), torch\.\w+, commit (\w+), ", ("world", "device", "commit")),
 }
-TRAIN_LINE = re.compile(rf"^{INT}/\d+ train_loss: {NUM} train_time: {NUM}m tok/s: {NUM}$", re.M)
+SEARCHES = {word: (re.compile(pattern), names) for word, (pattern, names) in RESULT_LINES.items()}
+TRAIN_LINE = re.compile(rf"(?<!\d){INT}/{INT} train_loss: {NUM} train_time: {NUM}m tok/s: {INT}")
+VAL_LINE = re.compile(rf"(?<!\d){INT}/{INT} val_loss: {NUM} val_bpb: {NUM}")
+TTT_LINE = re.compile(rf"ttp: b{INT}/{INT} bl:{NUM} bb:{NUM} rl:{NUM} rb:{NUM} dl:{INT}-{INT} gd:[01]")
+STAGE_LINE = re.compile(rf"^stage ([\w ]+): {NUM}s$")
+LEARNED_LINE = re.compile(rf"ttpp: phase:\d+/\d+ pd:{INT} gd:{INT} ")
+HYPER_LINE = re.compile(r"^  (\w+): (.*)$")
+KNOB = re.compile(r"([A-Z][A-Z0-9_]+)=(.*?)(?= [A-Z][A-Z0-9_]+=|$)")
+FAILURE = re.compile(r"^(?:\[rank\d+\]: ?)?((?:[\w.]+(?:Error|Exception|Interrupt)\b|stopped by ).*)")
 
 
-def read_log(run: Run, text: str) -> None:
-    """Fill `run` from a log with the public result lines. The last line of a kind wins, as a resumed run needs it."""
-    for pattern, names in RESULT_LINES.items():
-        for match in re.finditer("^" + pattern, text, re.M):
-            for name, digits in zip(names, match.groups(), strict=True):
-                value = int(digits) if digits.isdigit() else float(digits)
+def number_of(text: str) -> int | float | str:
+    """Digits as a number; hexadecimal and words stay text."""
+    if re.fullmatch(NUM, text):
+        return int(text) if text.isdigit() else float(text)
+    return text
+
+
+def lines_of(path: Path) -> Iterator[str]:
+    """The lines of a log without their ends. LogError for what is not text.
+
+    A last line without line end that stops at a digit is dropped: a kill may have cut its number short.
+    """
+    with path.open("rb") as file:
+        if b"\0" in file.read(4096):
+            raise LogError(f"{path} is not a UTF-8 text file: give a log, or convert it (iconv -f UTF-16 -t UTF-8)")
+    with path.open(encoding="utf-8", errors="replace") as file:  # universal newlines: CRLF, and progress bars with CR
+        for line in file:
+            if line.endswith("\n") or not line[-1:].isdigit():
+                yield line.rstrip("\n")
+
+
+def read_log(run: Run, lines: Iterable[str]) -> None:
+    """Fill `run` from result lines, the last of a kind wins. Curves go to `loss`, `clock` holds cumulative rates."""
+    in_settings = in_refusal = False
+    for line in lines:
+        if in_settings and (match := HYPER_LINE.match(line)):
+            run.hyper[match[1]] = match[2].strip()
+        elif in_refusal and line.startswith("  - "):
+            run.refusals.append(line[4:])
+        elif ":" in line or line.startswith("seed "):
+            in_refusal = line == "cannot start:"
+            in_settings = line.endswith("Hyperparameters:") or (in_settings and "train_shards:" not in line)
+            read_result_line(run, line)
+
+
+def read_result_line(run: Run, line: str) -> None:
+    """One line that holds a colon, if it is one of the known kinds."""
+    if "_loss: " in line:
+        read_step_line(run, line)
+    elif "ttp: b" in line and (match := TTT_LINE.search(line)):
+        batch, run.ttt_batches, *figures = map(number_of, match.groups())
+        loss, bpb, _, running, shortest, longest = figures
+        add_batch(run, batch, Batch(loss, bpb, shortest, longest, running))
+    elif "tttg: c" in line:
+        return  # two thirds of a public log
+    elif "ttpp: " in line and (match := LEARNED_LINE.search(line)):
+        run.learned.append((int(match[1]), int(match[2])))
+    elif line.startswith("changed knobs: "):
+        run.changed = dict(KNOB.findall(line))
+    elif line == "ema:applying EMA weights":
+        run.trained = True
+    elif match := FAILURE.match(line):
+        run.error = match[1]
+    else:
+        read_figures(run, line)
+
+
+def read_figures(run: Run, line: str) -> None:
+    """The lines of RESULT_LINES, and the seconds of a stage."""
+    if match := STAGE_LINE.match(line):
+        run.stages[match[1]] = float(match[2])
+    for word, (pattern, names) in SEARCHES.items():
+        if word in line and (match := pattern.search(line)):
+            for name, value in zip(names, map(number_of, match.groups()), strict=True):
                 setattr(run, name.replace("_ms", "_seconds"), value / 1000 if name.endswith("_ms") else value)
 
 
-def read_train_lines(run: Run, text: str) -> None:
-    """The curves of a log without metrics.jsonl. The rate is cumulative and exact; the minutes are rounded to 6 s."""
-    for step, loss, minutes, rate in TRAIN_LINE.findall(text):
-        run.loss[int(step)] = float(loss)
-        tokens = int(step) * run.train_batch_tokens if run.train_batch_tokens else float(minutes) * 60 * float(rate)
-        if float(rate) > 0:
-            run.clock[int(step)] = (tokens / float(rate), tokens)
+def read_step_line(run: Run, line: str) -> None:
+    """A training or validation loss. The rate is cumulative and exact; the minutes are rounded to 6 s."""
+    if match := TRAIN_LINE.search(line):
+        step, run.iterations, loss, minutes, rate = map(number_of, match.groups())
+        if step == 1:  # a run that started over in the same file
+            forget_steps(run)
+            run.loop_step = None
+        batch = run.knob("train_batch_tokens")
+        tokens = step * batch if batch else minutes * 60 * rate
+        run.loss[step], run.steps = float(loss), step
+        if rate > 0 and tokens > 0:
+            run.clock[step] = (tokens / rate, tokens)
+    elif match := VAL_LINE.search(line):
+        step, run.iterations, loss, bpb = map(number_of, match.groups())
+        run.validations[step] = (float(loss), float(bpb))
+        run.steps = max(step, run.steps or 0)
+
+
+def forget_steps(run: Run) -> None:
+    """Drop the steps of an earlier attempt, or the log's where metrics.jsonl has them all."""
+    run.loss.clear()
+    run.clock.clear()
+
+
+def add_batch(run: Run, number: int, batch: Batch) -> None:
+    """A batch that was scored twice, by a repeated stage, counts where it was scored last."""
+    run.ttt.pop(number, None)
+    run.ttt[number] = batch
+
+
+RESULT_KEYS = {"seed", "world", "steps", "bpb_float", "bpb_quantized", "bpb_ttt", "artifact_bytes", "code_bytes",
+               "total_bytes", "train_seconds", "calibrate_seconds", "quantize_seconds", "ttt_seconds",
+               "peak_memory_mib"}  # fmt: skip
 
 
 def add_row(run: Run, row: Any) -> None:
-    """Fill `run` from one line of metrics.jsonl; of a step or batch that was done twice, the later line counts."""
+    """Fill `run` from one line of metrics.jsonl, which has more digits, and every step, where the log has some."""
     match row:
         case {"kind": "train", "step": step, "loss": loss, "train_s": seconds, "tokens": tokens}:
-            run.steps, run.train_seconds = max(step, run.steps or 0), max(seconds, run.train_seconds or 0.0)
-            run.loss[step], run.clock[step] = loss, (seconds, tokens)
+            if step == 1:
+                forget_steps(run)
+            run.loss[step], run.clock[step], run.steps, run.train_seconds = loss, (seconds, tokens), step, seconds
             if row.get("looped") and run.loop_step is None:
                 run.loop_step = step - 1
-        case {"kind": "eval", "label": "pre-quantization post-ema" | "quantized" as label, "bpb": bpb}:
-            setattr(run, "bpb_quantized" if label == "quantized" else "bpb_float", bpb)
-        case {"kind": "ttt", "batch": batch, "tokens": tokens, "nats": nats, "bytes": size}:
-            run.ttt.pop(batch, None)
-            run.ttt[batch] = (tokens, nats, size)
+        case {"kind": "eval", "label": str(label), "loss": loss, "bpb": bpb}:
+            if label.startswith("step "):
+                run.validations[int(label.removeprefix("step "))] = (loss, bpb)
+            else:
+                stage = "quantized" if label == "quantized" else "float"
+                setattr(run, f"loss_{stage}", loss)
+                setattr(run, f"bpb_{stage}", bpb)
+        case {"kind": "ttt", "batch": number, "tokens": tokens, "nats": nats, "bytes": size}:
+            lengths = row.get("min_len", 0), row.get("max_len", 0)
+            add_batch(run, number, Batch(nats / tokens, nats / size / math.log(2), *lengths, None, tokens, nats, size))
         case {"kind": "stage", "name": name, "seconds": seconds} if not row.get("resumed"):
             run.stages[name] = seconds
         case {"kind": "result"}:
-            for name in (name for name in FIGURES & row.keys() if row[name] is not None):
+            for name in (name for name in RESULT_KEYS & row.keys() if row[name] is not None):
                 setattr(run, name, row[name])
 
 
-def text_of(path: Path) -> str:
-    """The text of a file, empty where there is none: a killed run lacks some of its files."""
-    return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
-
-
-def read_run(path: Path) -> Run:
-    """Read a run folder or one log file. FileNotFoundError when there is nothing to read."""
-    log, metrics = (path / "log.txt", path / "metrics.jsonl") if path.is_dir() else (path, path / "none")
-    if not log.exists() and not metrics.exists():
-        raise FileNotFoundError(f"{path} is neither a log nor a folder with log.txt or metrics.jsonl")
-    run = Run(path.resolve().name if path.is_dir() else path.stem)
-    if seed := re.search(r'"seed": *(\d+)', text_of(path / "run.json"), re.IGNORECASE):
-        run.seed = int(seed[1])
-    read_log(run, text_of(log))
-    for number, line in enumerate(text_of(metrics).splitlines(), start=1):
+def read_metrics(run: Run) -> None:
+    """Every line of metrics.jsonl; one that a kill cut short is skipped with a note on standard error."""
+    for number, line in enumerate(lines_of(run.metrics), start=1):
         try:
             add_row(run, json.loads(line))
-        except json.JSONDecodeError:  # the line that a kill cut short
-            print(f"read_logs: {metrics}:{number} is not JSON, skipped", file=sys.stderr)
-    if not run.clock:
-        read_train_lines(run, text_of(log))
+        except json.JSONDecodeError:
+            print(f"read_logs: {run.metrics}:{number} is not JSON, skipped", file=sys.stderr)
+
+
+def read_info(run: Run) -> None:
+    """run.json: settings, hardware, commit and fingerprint of the validation set."""
+    try:
+        info = json.loads(run.info.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise LogError(f"{run.info} is not JSON ({error}): copy it again, or read without it") from None
+    run.hyper |= {name.lower(): str(value) for name, value in info.get("config", {}).items()}
+    if "changed" in info:
+        run.changed = {name.upper(): str(value) for name, value in info["changed"].items()}
+    run.device, run.world, run.started = info.get("device"), info.get("world"), info.get("started")
+    run.commit = info.get("commit") or run.commit
+    data = info.get("data", {})
+    run.val_sha256, run.val_bytes = data.get("val_sha256"), data.get("val_bytes")
+    run.val_targets, run.val_documents = data.get("val_targets"), data.get("val_documents")
+
+
+class Matrix(NamedTuple):
+    """A GPTQ matrix of an artifact, dequantized: (rows, columns) in float32."""
+
+    name: str
+    weights: np.ndarray
+
+
+def read_artifact(run: Run, path: Path) -> list[Matrix]:
+    """Compressed bytes by section, from the header, into `run.parts`; the matrices if they are packed with brotli."""
+    blob, start = path.read_bytes(), 5 + 32  # magic and checksum
+    if blob[:5] != b"GOLF\1" or hashlib.sha256(blob[start:]).digest() != blob[5:start]:
+        print(f"read_logs: {path} is damaged or no artifact of this project, skipped", file=sys.stderr)
+        return []
+    at = start + 4 + int.from_bytes(blob[start : start + 4], "little")
+    header = json.loads(zlib.decompress(blob[start + 4 : at]))
+    raw: dict[str, int] = {}
+    for name, kind, _, shape in header["tensors"]:
+        section = section_of(name, kind)
+        raw[section] = raw.get(section, 0) + math.prod(shape) * (2 if kind == "float16" else 1)
+        if kind != "float16":
+            raw["float16"] = raw.get("float16", 0) + 2 * shape[0]
+    lengths, streams = iter(header["pieces"]), {}
+    for section, n_bytes in raw.items():
+        edges = list(itertools.accumulate(itertools.islice(lengths, math.ceil(n_bytes / (1 << 20))), initial=at))
+        streams[section] = [blob[a:b] for a, b in itertools.pairwise(edges)]
+        run.parts[section], at = edges[-1] - edges[0], edges[-1]
+    return list(matrices(header["tensors"], streams)) if header["compressor"] == "brotli" else []
+
+
+def section_of(name: str, kind: str) -> str:
+    """The part of an artifact that holds the codes of a tensor, or its values."""
+    return re.sub(r"^blocks\.\d+\.", "", name) if kind == "gptq" else kind
+
+
+def matrices(tensors: list[tuple[str, str, int, list[int]]], streams: dict[str, list[bytes]]) -> Iterator[Matrix]:
+    """Codes times row scales. Scales lie among the other 16-bit values, all low bytes first, then all high ones."""
+    import brotli  # here, because only run folders have an artifact
+
+    data = {section: b"".join(map(brotli.decompress, pieces)) for section, pieces in streams.items()}
+    halves = np.stack(np.split(np.frombuffer(data["float16"], np.uint8), 2), 1).view("<f2").ravel()
+    taken = dict.fromkeys(data, 0)
+    for name, kind, _, shape in tensors:
+        section, size = section_of(name, kind), math.prod(shape)
+        at, n_halves = taken["float16"], size if kind == "float16" else shape[0]
+        taken["float16"] += n_halves
+        if kind != "float16":
+            codes = np.frombuffer(data[section], np.int8, size, taken[section]).reshape(shape)
+            taken[section] += size
+        if kind == "gptq":
+            yield Matrix(name, codes * halves[at : at + n_halves, None].astype(np.float32))
+
+
+class CheckpointReader(pickle.Unpickler):
+    """Reads the float32 tensors of a torch.save file as arrays, without torch and without running anything in it."""
+
+    def __init__(self, archive: zipfile.ZipFile, root: str):
+        super().__init__(io.BytesIO(archive.read(f"{root}/data.pkl")))
+        self.archive, self.root = archive, root
+
+    def find_class(self, module: str, name: str) -> Any:
+        if name == "_rebuild_tensor_v2":
+            return lambda flat, offset, shape, *_: flat[offset : offset + math.prod(shape)].reshape(shape)
+        if (module, name) == ("collections", "OrderedDict"):
+            return dict
+        return name  # a storage class, by which persistent_load knows the type
+
+    def persistent_load(self, key: tuple[Any, ...]) -> np.ndarray:
+        kinds = {"FloatStorage": "<f4", "HalfStorage": "<f2"}
+        return np.frombuffer(self.archive.read(f"{self.root}/data/{key[2]}"), kinds.get(key[1], "u1"))
+
+
+# Where a checkpoint keeps the matrices of its layers: the first half of a bank's rows, and the second.
+BANKS = {"qo_bank": ("attn.c_q", "attn.proj"), "kv_bank": ("attn.c_k", "attn.c_v"), "mlp_up_bank": ("mlp.fc",),
+         "mlp_down_bank": ("mlp.proj",)}  # fmt: skip
+
+
+def quantization_errors(checkpoint: Path, coded: Sequence[Matrix]) -> dict[str, float]:
+    """|stored - float| / |float| of every GPTQ matrix, Frobenius norms."""
+    with zipfile.ZipFile(checkpoint) as archive:
+        floats = CheckpointReader(archive, archive.namelist()[0].split("/")[0]).load()
+    truth = {"tok_emb.weight": floats["tok_emb.weight"]}
+    for bank, kinds in BANKS.items():
+        layers = len(floats[bank]) // len(kinds)
+        for i, weights in enumerate(floats[bank]):
+            truth[f"blocks.{i % layers}.{kinds[i // layers]}.weight"] = weights
+    norm = np.linalg.norm
+    return {name: float(norm(weights - truth[name]) / norm(truth[name])) for name, weights in coded}
+
+
+def read_run(name: str, log: Path, metrics: Path, info: Path) -> Run:
+    """All that the files of one run say, those that exist."""
+    run = Run(name, log, metrics, info)
+    if log.is_file():
+        read_log(run, lines_of(log))
+    if info.is_file():
+        read_info(run)
+    if metrics.is_file():
+        read_metrics(run)
+    artifact = log.with_name("final_model.int6.ptz")
+    coded = read_artifact(run, artifact) if artifact.is_file() else []
+    if coded and (checkpoint := log.with_name("final_model.pt")).is_file():
+        run.tensors = quantization_errors(checkpoint, coded)
+    if run.seed is None and (run.knob("seed") is not None or (match := re.search(r"(?:seed|_s)(\d+)", name))):
+        run.seed = int(run.hyper["seed"] if "seed" in run.hyper else match[1])
+    if run.train_seconds is None and run.clock:
+        run.train_seconds = max(run.clock.values())[0]
     return run
+
+
+def log_files(folder: Path) -> list[Path]:
+    """The logs of a record folder."""
+    found = {*folder.glob("*.txt"), *folder.glob("*.log")}
+    return sorted(path for path in found if not path.name.startswith("requirements"))
+
+
+def file_run(log: Path) -> Run:
+    """A log with the metrics and run files of the same suffix beside it. A name as plain as log_seed42 gets its folder."""
+    suffix = re.sub(r"^log_?", "", log.stem)
+    plain = log.stem.startswith("log") or re.fullmatch(r"(train_?)?seed_?\d+", log.stem)
+    name = f"{log.resolve().parent.name}/{suffix or log.stem}" if plain else log.stem
+    return read_run(name, log, log.with_name(f"metrics_{suffix}.jsonl"), log.with_name(f"run_{suffix}.json"))
+
+
+def read_runs(path: Path) -> list[Run]:
+    """The runs of a run folder, of a record folder, of a folder of such folders, or of one log. LogError if none."""
+    if not path.exists():
+        raise LogError(f"{path} does not exist: give a run folder, a record folder or a log")
+    if path.is_file():
+        run = file_run(path)
+        if not (run.started_at_all or run.refusals or run.ttt):
+            raise LogError(f"{path} holds no line of a training log: give a log, or the folder of a run")
+        return [run]
+    log, metrics = path / "log.txt", path / "metrics.jsonl"
+    if log.exists() or metrics.exists():
+        return [read_run(path.resolve().name, log, metrics, path / "run.json")]
+    runs = [run for run in map(file_run, log_files(path)) if run.started_at_all or run.refusals]
+    runs = runs or [run for child in sorted(path.iterdir()) if child.is_dir() for run in quietly(read_runs, child)]
+    if not runs:
+        raise LogError(f"{path} holds no run: give a folder with log.txt or log_*.txt, or the log itself")
+    return runs
+
+
+def quietly(read: Callable[[Path], list[Run]], path: Path) -> list[Run]:
+    """No runs instead of a LogError."""
+    try:
+        return read(path)
+    except LogError:
+        return []
+
+
+def read_all(paths: Sequence[Path]) -> list[Run]:
+    """The runs of all paths. Files that are no logs, as in `records/*`, are skipped with a note beside others."""
+    runs, troubles = [], []
+    for path in paths:
+        try:
+            runs += read_runs(path)
+        except LogError as error:
+            if not path.exists():
+                raise
+            troubles.append(f"{error}")
+    if not runs:
+        raise LogError("; ".join(troubles))
+    for trouble in troubles:
+        print(f"read_logs: skipped: {trouble}", file=sys.stderr)
+    return runs
+
+
+# ---- Checks ----------------------------------------------------------------------------------------------------------
+
+# The competition's validation set: 50,000 documents as CaseOps tokens, with the tail that whole sequences leave out and
+# without it, and as plain tokens of the same vocabulary.
+CASEOPS_TARGETS, CASEOPS_TARGETS_CUT, PLAIN_TARGETS = 47_853_343, 47_851_520, 40_540_160
+DOCUMENTS, COMPETITION_BYTES = 50_000, 151_074_499
+CASEOPS_RATIO, PLAIN_RATIO = 3.15715, 3.7266  # bytes per token of the two
+SENTINELS_COUNTED = 1.0895  # bytes where case markers count three each, over the true bytes
+# Training losses every 500 steps on the canonical shards: the batches are the same text in every run of this family.
+CANONICAL_LOSSES = (2.586, 2.815, 2.643, 2.674, 2.560, 2.568, 2.569, 2.410, 2.281)
+SEED_SD = 0.00074  # standard deviation of the score over ten public seeds of the record system, bpb
+
+
+def near(value: float | None, target: float, relative: float) -> bool:
+    return value is not None and abs(value / target - 1) < relative
+
+
+class Gate(NamedTuple):
+    """One budget of the competition."""
+
+    label: str
+    used: float | None
+    limit: float
+
+    @property
+    def passed(self) -> bool:
+        return self.used is not None and self.used <= self.limit
+
+
+def gates(run: Run) -> list[Gate]:
+    """The budgets. Calibration reads training text, so its seconds belong to training."""
+    training = None if run.train_seconds is None else run.train_seconds + (run.calibrate_seconds or 0)
+    return [
+        Gate("bytes", run.total_bytes, SIZE_LIMIT),
+        Gate("train s", training, SECONDS_LIMIT),
+        Gate("eval s", run.ttt_seconds, SECONDS_LIMIT),
+    ]
+
+
+def gate_text(run: Run) -> str:
+    """`pass`, or every budget that is exceeded, with its figures; budgets that the run has not reached are left out."""
+    known = [gate for gate in gates(run) if gate.used is not None]
+    over = [f"{gate.label} {gate.used:,.6g} > {gate.limit:,}" for gate in known if not gate.passed]
+    return "FAIL: " + ", ".join(over) if over else "pass" if known else "-"
+
+
+def accounting_errors(run: Run) -> Iterator[str]:
+    """The known ways in which tokens and bytes were miscounted, each by what it leaves in a log."""
+    targets, ratio = run.val_targets, run.bytes_per_token
+    full = near(targets, CASEOPS_TARGETS, 1e-4)
+    if targets == 9_662_464 or near(ratio, 3.0997, 2e-4):
+        yield "9,662,464 validation tokens are those of 10,000 documents, not of 50,000: no score of the competition"
+    if near(targets, 36_560_000, 1e-3):
+        yield "36.56 M validation tokens: preparation in parallel slices cut the validation set"
+    if full and near(ratio, CASEOPS_RATIO * SENTINELS_COUNTED, 1e-3):
+        yield f"{ratio:.4f} bytes per token: case markers count as text; times {SENTINELS_COUNTED} the bpb are comparable"
+    if near(targets, PLAIN_TARGETS, 1e-3) and ratio and 1.16 < ratio / PLAIN_RATIO < 1.18:
+        yield f"{ratio:.4f} bytes per token instead of {PLAIN_RATIO}: the byte table counts leading spaces twice"
+    if run.val_bytes and targets and ratio and not near(ratio, run.val_bytes / targets, 3e-4):
+        yield (f"the score divides by {ratio:.4f} bytes per token, the validation set has "
+               f"{run.val_bytes / targets:.4f}: another byte count than the sidecar's")  # fmt: skip
+    scored = sum(batch.tokens or 0 for batch in run.ttt.values())
+    if run.complete and scored and targets and not run.partial and scored != targets:
+        yield f"test-time training scored {scored:,.0f} of {targets:,} tokens"
+    if run.partial and run.complete:
+        yield "test-time training scored only a part of the documents: no score of the whole set"
+
+
+def training_errors(run: Run) -> Iterator[str]:
+    """Other training text than the competition's, in runs on its validation set."""
+    if run.seed == 42 and run.loss.get(1) is not None and round(run.loss[1], 4) == 9.0073:
+        yield "the first loss is 9.0073: shards of a preparation that puts 40,000 validation documents into training"
+    known = {500 * i: loss for i, loss in enumerate(CANONICAL_LOSSES, 1) if 500 * i in run.loss}
+    canonical = near(run.val_targets, CASEOPS_TARGETS, 1e-4) and run.knob("train_batch_tokens") == 786_432
+    if canonical and len(known) >= 3:
+        off = statistics.fmean(abs(run.loss[step] - loss) for step, loss in known.items())
+        if off > 0.03:
+            yield (f"training losses every 500 steps are {off:.3f} off those of the canonical shards (noise 0.004): "
+                   "other training text, maybe with validation documents in it")  # fmt: skip
+
+
+def stage_errors(run: Run) -> Iterator[str]:
+    """Stages that disagree with one another more than they can when all is well."""
+    last = max(run.validations) if run.validations else None
+    raw = run.validations[last][1] if last and last == run.steps else None
+    if raw and run.bpb_float and run.bpb_float > raw + 0.05:
+        yield f"float {run.bpb_float:.4f} bpb against {raw:.4f} at the last step: evaluated with the loop off, or averaged badly"
+    if run.bpb_float and run.bpb_quantized and run.bpb_quantized > run.bpb_float + 0.1:
+        yield f"quantization costs {run.bpb_quantized - run.bpb_float:.3f} bpb: the loop is on here and never was in training"
+    if run.bpb_ttt and run.bpb_quantized:
+        gain = run.bpb_quantized - run.bpb_ttt
+        if gain < -0.01:
+            yield f"test-time training loses {-gain:.3f} bpb: it diverged, or its forward misses a gate"
+        if gain > 0.025 and near(run.val_targets, CASEOPS_TARGETS, 1e-4):
+            yield f"test-time training gains {gain:.3f} bpb, legal ones 0.010 to 0.014: are tokens scored after learning?"
+    if run.bpb_ttt and run.bpb_ttt < 1 and near(run.val_targets, CASEOPS_TARGETS, 1e-4):
+        yield f"{run.bpb_ttt:.4f} bpb: below 1 only byte mixtures that are no distribution, or learning before scoring"
+
+
+def packing_errors(run: Run) -> Iterator[str]:
+    """Bytes that were not counted, and budgets."""
+    if run.total_bytes and run.artifact_bytes and run.total_bytes == run.artifact_bytes:
+        yield "the code counts as 0 bytes: the minifier was missing"
+    elif run.total_bytes and run.artifact_bytes and run.total_bytes != run.artifact_bytes + (run.code_bytes or 0):
+        yield f"the total of {run.total_bytes:,} bytes is not artifact plus code"
+    if run.weights_bytes and run.model_params and run.weights_bytes < 2.5 * run.model_params:
+        yield f"the checkpoint has {run.weights_bytes:,} bytes: weights rounded to 16 bits before quantization"
+    for gate in gates(run):
+        if gate.used is not None and not gate.passed:
+            yield f"over budget: {gate.label} {gate.used:,.6g} > {gate.limit:,}"
+
+
+def errors(run: Run) -> list[str]:
+    """Why the score of this run does not count or cannot be what it seems, a sentence each."""
+    return [*accounting_errors(run), *training_errors(run), *stage_errors(run), *packing_errors(run)]
+
+
+def remarks(run: Run) -> list[str]:
+    """What a reader should know, though the score counts."""
+    said = []
+    if run.val_targets == CASEOPS_TARGETS_CUT:
+        said.append(f"the last {CASEOPS_TARGETS - CASEOPS_TARGETS_CUT:,} validation tokens are not scored (0.004 %)")
+    if any(used < scored for scored, used in run.learned):
+        pairs = ", ".join(f"{used} of {scored}" for scored, used in run.learned)
+        said.append(f"the base model learned from {pairs} scored documents, the shortest of them")
+    if run.refusals and run.started_at_all:
+        said.append(f"a later start was refused: {run.refusals[0]}")
+    if dips := run.dips():
+        said.append(f"{len(dips)} of {len(run.intervals())} intervals are more than 10 % slower than their median")
+    return said
+
+
+# What may differ between runs that count as one configuration.
+LOCAL_SETTINGS = {"seed", "preset", "run_id", "run_dir", "artifact_dir", "from_stage", "resume", "checkpoint_every",
+                  "save_pre_gptq", "eval_only_checkpoint", "eval_only_artifact", "data_dir", "datasets_dir", "data_path",
+                  "tokenizer_path", "train_files", "val_files", "val_bytes_files", "train_log_every", "logfile",
+                  "model_path", "quantized_model_path", "rank", "local_rank", "is_main_process", "distributed"}  # fmt: skip
+
+
+def settings_that_differ(runs: Sequence[Run]) -> list[str]:
+    """Settings, with their values, in which runs of one table differ: such runs have no common mean."""
+    said = []
+    for names in [{name for run in runs for name in run.hyper} - LOCAL_SETTINGS] if all(r.hyper for r in runs) else []:
+        for name in sorted(names):
+            values = list(dict.fromkeys(run.hyper.get(name, "(none)") for run in runs))
+            if len(values) > 1 and len({number_of(value) for value in values}) > 1:
+                said.append(f"{name.upper()}: {' / '.join(values)}")
+    return said
+
+
+def same_text(a: Run, b: Run) -> bool:
+    """Whether two validation sets hold the same text, maybe under different tokenizers."""
+    return None not in (a.val_bytes, a.val_documents) and (a.val_bytes, a.val_documents) == (
+        b.val_bytes,
+        b.val_documents,
+    )
+
+
+def validation_mismatch(a: Run, b: Run) -> str | None:
+    """Why the scores of two runs are not of the same validation set; None where they may be compared."""
+    if not (a.val_targets and b.val_targets):
+        return f"the log of {(b if a.val_targets else a).name} does not say how many tokens it scored"
+    if same_text(a, b):
+        return None
+    facts = (
+        ("validation tokens", a.val_targets, b.val_targets, 1e-4),  # the tail that some leave out is 4e-5
+        ("validation bytes", a.val_bytes, b.val_bytes, 1e-4),
+        ("bytes per token", a.bytes_per_token, b.bytes_per_token, 3e-4),
+    )
+    for label, x, y, tolerance in facts:
+        if x and y and not near(x, y, tolerance):
+            return f"{label}: {x:,.10g} in {a.name}, {y:,.10g} in {b.name}"
+    length = min(len(a.val_sha256 or ""), len(b.val_sha256 or ""))
+    if length and a.val_sha256[:length] != b.val_sha256[:length]:
+        return f"fingerprints: {a.val_sha256[:16]} in {a.name}, {b.val_sha256[:16]} in {b.name}"
+    return None
+
+
+def copied_logs(runs: Sequence[Run]) -> list[str]:
+    """Logs that repeat one another: two seeds never give the same losses."""
+    said = []
+    for a, b in itertools.combinations(runs, 2):
+        steps = sorted(set(a.loss) & set(b.loss))
+        same = [step for step in steps if round(a.loss[step], 4) == round(b.loss[step], 4)]
+        if len(steps) >= 3 and same == steps and a.bpb_ttt == b.bpb_ttt:
+            said.append(f"{a.name} and {b.name} are one log twice (seeds {a.seed} and {b.seed})")
+        elif len(steps) >= 3 and len(same) > len(steps) / 2 and a.seed != b.seed:
+            said.append(
+                f"{a.name} and {b.name} share {len(same)} of {len(steps)} losses under seeds {a.seed} and {b.seed}"
+            )
+    return said
+
+
+def no_common_mean(runs: Sequence[Run]) -> str | None:
+    """Why averaging these runs would mix what does not belong together."""
+    if copies := copied_logs(runs):
+        return copies[0]
+    for a, b in itertools.pairwise(runs):
+        if trouble := validation_mismatch(a, b):
+            return f"different validation sets ({trouble})"
+    if len({(run.val_targets, run.val_sha256 and run.val_sha256[:16]) for run in runs}) > 1:
+        return "different tokenizers"
+    if differ := settings_that_differ(runs):
+        return f"mixed configurations ({', '.join(differ[:3])}{', ...' if len(differ) > 3 else ''})"
+    return None
 
 
 # ---- Tables ----------------------------------------------------------------------------------------------------------
 
-# Heading, the figure of a run, its format.
-COLUMNS: tuple[tuple[str, Callable[[Run], Any], str], ...] = (
-    ("run", lambda run: run.name, ""),
-    ("seed", lambda run: run.seed, "d"),
-    ("steps", lambda run: run.steps, "d"),
-    ("tok/s before loop", lambda run: run.rate(looped=False), ",.0f"),
-    ("after loop", lambda run: run.rate(looped=True), ",.0f"),
-    ("bpb float", lambda run: run.bpb_float, ".5f"),
-    ("quantized", lambda run: run.bpb_quantized, ".5f"),
-    ("after TTT", lambda run: run.bpb_ttt, ".5f"),
-    ("artifact bytes", lambda run: run.artifact_bytes, ",d"),
-    ("code bytes", lambda run: run.code_bytes, ",d"),
-    ("total bytes", lambda run: run.total_bytes, ",d"),
-    ("train s", lambda run: run.train_seconds, ".1f"),
-    ("TTT s", lambda run: run.ttt_seconds, ".1f"),
+
+class Column(NamedTuple):
+    """A heading, the figure of a run below it, its format, and whether it has a mean."""
+
+    heading: str
+    figure: Callable[[Run], Any]
+    spec: str
+    averaged: bool = True
+
+
+class Table(NamedTuple):
+    """Rows of text, the first of them the heading, with a title and a remark below."""
+
+    title: str
+    rows: list[list[str]]
+    note: str = ""
+
+
+def difference_mb(a: float | None, b: float | None) -> float | None:
+    """a - b in thousandths of a bit per byte."""
+    return None if a is None or b is None else 1000 * (a - b)
+
+
+SCORES = (
+    Column("run", lambda run: run.name, "", False),
+    Column("seed", lambda run: run.seed, "d", False),
+    Column("steps", lambda run: run.steps, ",d"),
+    Column("float bpb", lambda run: run.bpb_float, ".5f"),
+    Column("quantized", lambda run: run.bpb_quantized, ".5f"),
+    Column("after TTT", lambda run: run.bpb_ttt, ".5f"),
+    Column("quantization cost, mb", lambda run: difference_mb(run.bpb_quantized, run.bpb_float), ".1f"),
+    Column("TTT gain, mb", lambda run: difference_mb(run.bpb_quantized, run.bpb_ttt), ".1f"),
+    Column("state", lambda run: run.state, "", False),
+)
+SPEED = (
+    SCORES[0],
+    Column("loop on at step", lambda run: run.loop_step, ",d"),
+    Column("ms/step before loop", lambda run: run.step_ms(looped=False), ".1f"),
+    Column("after loop", lambda run: run.step_ms(looped=True), ".1f"),
+    Column("tok/s before loop", lambda run: run.rate(looped=False), ",.0f"),
+    Column("after loop", lambda run: run.rate(looped=True), ",.0f"),
+    Column("train s", lambda run: run.train_seconds, ".1f"),
+    Column("Hessians s", lambda run: run.calibrate_seconds, ".1f"),
+    Column("GPTQ s", lambda run: run.quantize_seconds, ".1f"),
+    Column("TTT s", lambda run: run.ttt_seconds, ".1f"),
+    Column("peak MiB", lambda run: run.peak_memory_mib, ",d"),
+)
+SIZES = (
+    SCORES[0],
+    Column("artifact bytes", lambda run: run.artifact_bytes, ",d"),
+    Column("code bytes", lambda run: run.code_bytes, ",d"),
+    Column("total bytes", lambda run: run.total_bytes, ",d"),
+    Column("headroom", lambda run: run.total_bytes and SIZE_LIMIT - run.total_bytes, ",d"),
+    Column("budgets", gate_text, "", False),
 )
 
 
-def cells(run: Run) -> list[str]:
-    """The figures of one run as text, in the order of COLUMNS."""
-    return ["-" if (value := figure(run)) is None else format(value, spec) for _, figure, spec in COLUMNS]
+def cell(value: Any, spec: str) -> str:
+    return "-" if value is None else format(value, spec)
 
 
-def markdown_table(rows: list[list[str]]) -> str:
-    """Rows of text, the first of them the heading, as a Markdown table: first column left, the others right."""
-    rule = ["---"] + ["--:"] * (len(rows[0]) - 1)
-    return "\n".join("| " + " | ".join(row) + " |" for row in [rows[0], rule, *rows[1:]])
+def cells(run: Run, columns: Sequence[Column]) -> list[str]:
+    """The figures of one run as text."""
+    return [cell(column.figure(run), column.spec) for column in columns]
+
+
+def statistic_row(
+    label: str, of: Callable[[list[float]], float], runs: Sequence[Run], columns: Sequence[Column]
+) -> list[str]:
+    """A row of means or deviations over the figures that every run has."""
+    row = [label]
+    for column in columns[1:]:
+        values = [column.figure(run) for run in runs] if column.averaged else [None]
+        spec = column.spec.replace("d", ".0f")
+        row.append("" if None in values else cell(of(values), spec))
+    return row
+
+
+def run_table(title: str, runs: Sequence[Run], columns: Sequence[Column]) -> Table:
+    """One row per run; mean and sample standard deviation of the complete ones, where those belong together."""
+    rows = [[column.heading for column in columns], *(cells(run, columns) for run in runs)]
+    complete = [run for run in runs if run.complete]
+    if len(complete) < 2:
+        return Table(title, rows)
+    if trouble := no_common_mean(complete):
+        return Table(title, rows, f"No mean: {trouble}." if columns is SCORES else "")
+    label = f"of {len(complete)} complete runs" if len(complete) < len(runs) else f"of {len(runs)} runs"
+    rows.append(statistic_row(f"mean {label}", statistics.fmean, complete, columns))
+    rows.append(statistic_row("standard deviation", statistics.stdev, complete, columns))
+    return Table(title, rows)
+
+
+def remark_table(runs: Sequence[Run]) -> list[Table]:
+    """Errors, remarks and refusals, where there are any."""
+    rows = [[run.name, "ERROR", said] for run in runs for said in errors(run)]
+    rows += [[run.name, "stopped", run.error] for run in runs if run.error and not run.complete]
+    rows += [[run.name, "remark", said] for run in runs for said in remarks(run)]
+    return [Table("What to know", [["run", "", ""], *rows])] if rows else []
+
+
+def refusal(run: Run) -> str:
+    """Why a run did not start, in a sentence."""
+    more = f" (and {len(run.refusals) - 1} more)" if len(run.refusals) > 1 else ""
+    return run.refusals[0] + more if run.refusals else run.error or "its log holds no result line"
+
+
+def run_tables(runs: Sequence[Run]) -> list[Table]:
+    """The report on runs: scores, speed, size and budgets, what to know; those that never started on their own."""
+    started = [run for run in runs if run.started_at_all]
+    refused = [run for run in runs if not run.started_at_all]
+    tables = []
+    if started:
+        tables += [run_table(*spec) for spec in (("Scores", started, SCORES), ("Speed", started, SPEED),
+                                                 ("Size and budgets", started, SIZES))]  # fmt: skip
+        tables += remark_table(started)
+    if refused:
+        rows = [[run.name, refusal(run)] for run in refused]
+        tables.append(Table("Did not start", [["run", "why"], *rows]))
+    return tables
+
+
+def markdown(table: Table) -> str:
+    """A table with its title and note: text columns to the left, numbers to the right, padded to read as text too."""
+    escaped = [[text.replace("|", "\\|") for text in row] for row in table.rows]
+    widths = [max(3, *map(len, column)) for column in zip(*escaped, strict=True)]
+    numeric = [is_numeric(column[1:]) for column in zip(*table.rows, strict=True)]
+    pad = lambda row: [
+        text.rjust(n) if right else text.ljust(n) for text, n, right in zip(row, widths, numeric, strict=True)
+    ]
+    rule = ["-" * (n - 1) + (":" if right else "-") for n, right in zip(widths, numeric, strict=True)]
+    lines = ["| " + " | ".join(row) + " |" for row in (pad(escaped[0]), rule, *map(pad, escaped[1:]))]
+    parts = [f"### {table.title}\n"] if table.title else []
+    return "\n".join([*parts, *lines, *([f"\n{table.note}"] if table.note else [])])
+
+
+def is_numeric(column: Sequence[str]) -> bool:
+    """Whether a column is of figures, dashes and blanks."""
+    return any(text[-1:].isdigit() for text in column) and all(re.fullmatch(r"[-+\d.,e %<]*", text) for text in column)
 
 
 def result_block(run: Run) -> str:
     """One run for a README: a known figure per line, then the seconds of its stages."""
-    figures = [[heading, cell] for (heading, _, _), cell in zip(COLUMNS, cells(run), strict=True) if cell != "-"]
-    return markdown_table(figures + [[f"stage {name} s", f"{seconds:.1f}"] for name, seconds in run.stages.items()])
+    rows = [["", run.name]]
+    for columns in (SCORES, SPEED, SIZES):
+        for before, column in itertools.pairwise(columns):
+            heading = column.heading
+            if heading == "after loop":
+                heading = before.heading.replace("before", "after")
+            if (text := cell(column.figure(run), column.spec)) != "-":
+                rows.append([heading, text])
+    return markdown(Table("", rows + [[f"stage {name} s", f"{seconds:.1f}"] for name, seconds in run.stages.items()]))
 
 
-# ---- Plot ------------------------------------------------------------------------------------------------------------
+# ---- Statistics ------------------------------------------------------------------------------------------------------
+
+STAGES = (("float", "float"), ("quantized", "quantized"), ("after TTT", "ttt"))  # label, suffix of the fields
+RECORD_MARGIN, RECORD_P, FRONTIER_P = 0.005, 0.01, 0.25  # nats and p of the first rule, p of the later one
 
 
-def draw_loss(axes: Any, run: Run) -> None:
-    """Training loss over steps, with the step at which the loop came on."""
-    axes.plot(sorted(run.loss), [run.loss[step] for step in sorted(run.loss)], linewidth=1.2)
-    if run.loop_step is not None:
-        axes.axvline(run.loop_step, color="gray", linestyle="--", linewidth=1, label=f"loop on, step {run.loop_step}")
-        axes.legend(frameon=False)
-    axes.set(title="training loss", xlabel="step", ylabel="nats per token")
+class Test(NamedTuple):
+    """Of the difference new - base: p values are None where there are too few runs."""
+
+    stage: str
+    n_new: int
+    n_base: int
+    difference: float  # of the means, bpb
+    welch_p: float | None  # two-sided
+    pairs: int  # seeds in common
+    paired: float | None  # mean difference over those, bpb
+    paired_p: float | None
 
 
-def draw_stages(axes: Any, run: Run) -> None:
-    """Bits per byte after each stage. The differences are small, so the axis is cut just under the smallest bar."""
-    axes.set(title="bits per byte by stage", ylabel="bpb (axis cut)")
-    stages = {"float": run.bpb_float, "quantized": run.bpb_quantized, "after TTT": run.bpb_ttt}
-    known = {name: bpb for name, bpb in stages.items() if bpb is not None}
-    if known:
-        axes.bar_label(axes.bar(list(known), list(known.values()), width=0.6), fmt="%.5f", padding=2)
-        margin = max(max(known.values()) - min(known.values()), 0.002 * max(known.values()))
-        axes.set_ylim(min(known.values()) - margin, max(known.values()) + margin / 2)
+def p_value(result: Any) -> float | None:
+    """The p of a scipy result; None where the spread is zero."""
+    return None if math.isnan(result.pvalue) else float(result.pvalue)
 
 
-def draw_ttt(axes: Any, run: Run) -> None:
-    """Running bits per byte of test-time training over the tokens scored so far, in the order of scoring."""
-    totals = list(accumulate(run.ttt.values(), lambda total, batch: tuple(map(sum, zip(total, batch, strict=True)))))
-    axes.plot([tokens for tokens, _, _ in totals], [nats / (math.log(2) * size) for _, nats, size in totals], ".-")
-    axes.set(title="test-time training", xlabel="tokens scored", ylabel="running bpb")
+def by_seed(runs: Sequence[Run], name: str) -> dict[int | None, float]:
+    """The mean figure of each seed."""
+    values: dict[int | None, list[float]] = {}
+    for run in runs:
+        if (value := getattr(run, name)) is not None:
+            values.setdefault(run.seed, []).append(value)
+    return {seed: statistics.fmean(figures) for seed, figures in values.items()}
 
 
-def plot(run: Run, path: Path) -> None:
-    """Write the loss curve, the stages and the test-time training curve side by side to `path`."""
+def stage_test(new: Sequence[Run], base: Sequence[Run], label: str, name: str) -> Test | None:
+    """Both tests on one stage; None where a side has not reached it."""
+    from scipy import stats  # here, because tables need only the standard library and numpy
+
+    a = [getattr(run, name) for run in new if getattr(run, name) is not None]
+    b = [getattr(run, name) for run in base if getattr(run, name) is not None]
+    if not (a and b):
+        return None
+    many = len(a) > 1 and len(b) > 1
+    welch = p_value(stats.ttest_ind(a, b, equal_var=False)) if many else None
+    x, y = by_seed(new, name), by_seed(base, name)
+    shared = [seed for seed in x if seed in y and seed is not None]
+    pairs = [(x[seed], y[seed]) for seed in shared]
+    paired = statistics.fmean(p - q for p, q in pairs) if pairs else None
+    paired_p = p_value(stats.ttest_rel(*zip(*pairs, strict=True))) if len(pairs) > 1 else None
+    return Test(label, len(a), len(b), statistics.fmean(a) - statistics.fmean(b), welch, len(pairs), paired, paired_p)
+
+
+class Verdict(NamedTuple):
+    """The two leaderboard rules on the scores after TTT: gain in nats per token, one-sided Welch p of each rule."""
+
+    gain_nats: float
+    record_p: float | None  # that the gain is at most 0.005 nats
+    frontier_p: float | None  # that there is no gain
+
+    @property
+    def record(self) -> bool:
+        return self.record_p is not None and self.record_p < RECORD_P
+
+    @property
+    def frontier(self) -> bool:
+        return self.frontier_p is not None and self.frontier_p < FRONTIER_P
+
+
+def leaderboard(new: Sequence[Run], base: Sequence[Run]) -> Verdict | None:
+    """None unless both sides have a score. Nats are per token of the base, so that another tokenizer compares, too."""
+    from scipy import stats
+
+    per_bpb = base[0].bytes_per_token * math.log(2) if base[0].bytes_per_token else None
+    a = [run.bpb_ttt for run in new if run.bpb_ttt is not None]
+    b = [run.bpb_ttt for run in base if run.bpb_ttt is not None]
+    if not (a and b and per_bpb):
+        return None
+    nats_a, nats_b = np.multiply(a, per_bpb), np.multiply(b, per_bpb)
+    one_sided = lambda margin: p_value(stats.ttest_ind(nats_a, nats_b - margin, equal_var=False, alternative="less"))
+    ps = (one_sided(RECORD_MARGIN), one_sided(0)) if min(len(a), len(b)) > 1 else (None, None)
+    return Verdict(float(nats_b.mean() - nats_a.mean()), *ps)
+
+
+def batch_differences(new: Run, base: Run) -> dict[int, tuple[float, float]]:
+    """Batches that both runs scored, of the same documents -> (their mean length, difference in bpb).
+
+    Only the same documents compare: neighbouring batches differ by 0.025 bpb, runs of one system by 0.003.
+    """
+    rows = {}
+    for number in sorted(new.ttt.keys() & base.ttt.keys()):
+        a, b = new.ttt[number], base.ttt[number]
+        if (a.min_len, a.max_len) == (b.min_len, b.max_len) and new.ttt_batches == base.ttt_batches:
+            rows[number] = ((a.min_len + a.max_len) / 2, a.bpb - b.bpb)
+    return rows
+
+
+def require_comparable(new: Sequence[Run], base: Sequence[Run]) -> None:
+    """LogError that names what keeps these runs from being compared."""
+    for side in (new, base):
+        if trouble := [said for said in copied_logs(side)] or [
+            f"{r.name} did not start" for r in side if not r.started_at_all
+        ]:
+            raise LogError(f"these runs do not compare: {trouble[0]}; leave it out")
+        if differ := settings_that_differ(side):
+            raise LogError(f"one side mixes configurations ({'; '.join(differ[:5])}): compare one at a time")
+    for a, b in itertools.product(new, base):
+        if trouble := validation_mismatch(a, b):
+            raise LogError(f"different validation sets do not compare; {trouble}")
+        if copies := copied_logs([a, b]):
+            raise LogError(f"both sides hold the same run: {copies[0]}")
+
+
+def p_text(p: float | None) -> str:
+    return "-" if p is None else "< 0.0001" if p < 1e-4 else f"{p:.4f}"
+
+
+def verdict_row(rule: str, kept: bool, p: float | None, limit: float) -> list[str]:
+    verdict = "needs two runs on each side" if p is None else "kept" if kept else "not kept"
+    return [rule, p_text(p), f"{limit}", verdict]
+
+
+def comparison_tables(new: Sequence[Run], base: Sequence[Run]) -> list[Table]:
+    """Differences by stage, the leaderboard rules, the settings that differ, batches in pairs. LogError if not comparable."""
+    require_comparable(new, base)
+    tests = [test for label, stage in STAGES if (test := stage_test(new, base, label, f"bpb_{stage}"))]
+    heading = ["stage", "runs", "difference, mb", "Welch p", "common seeds", "paired difference, mb", "paired p"]
+    rows = [[t.stage, f"{t.n_new} against {t.n_base}", f"{1000 * t.difference:+.2f}", p_text(t.welch_p), f"{t.pairs}",
+             cell(difference_mb(t.paired, 0) if t.paired is not None else None, "+.2f"), p_text(t.paired_p)] for t in tests]  # fmt: skip
+    names = f"{', '.join(run.name for run in new)} against {', '.join(run.name for run in base)}"
+    note = f"Less than zero: the first is better. {names}."
+    if min(len(new), len(base)) == 1:
+        note += f" One run on a side: seeds alone spread by {1000 * SEED_SD:.2f} mb (record system, ten seeds)."
+    if same_text(new[0], base[0]) and new[0].val_targets != base[0].val_targets:
+        note += " The same text under two tokenizers: bits per byte compare, nats per token do not."
+    tables = [Table("Difference", [heading, *rows], note)]
+    if verdict := leaderboard(new, base):
+        rows = [verdict_row(f"better by {RECORD_MARGIN} nats", verdict.record, verdict.record_p, RECORD_P),
+                verdict_row("better at all", verdict.frontier, verdict.frontier_p, FRONTIER_P)]  # fmt: skip
+        note = f"One-sided Welch tests on the scores after TTT; the gain is {verdict.gain_nats:+.5f} nats per token."
+        tables.append(Table("Leaderboard rules", [["rule", "p", "limit", ""], *rows], note))
+    if differ := settings_that_differ([new[0], base[0]]):
+        pairs = [said.split(": ", 1) for said in differ]
+        tables.append(Table("Settings", [["knob", "first / second"], *pairs]))
+    return tables + batch_tables(new, base)
+
+
+def batch_tables(new: Sequence[Run], base: Sequence[Run]) -> list[Table]:
+    """Test-time training paired by batch, for runs of one seed, or for single runs."""
+    rows = []
+    for a, b in itertools.product(new, base):
+        differences = [d for _, d in batch_differences(a, b).values()]
+        if len(differences) > 1 and (a.seed == b.seed or len(new) == len(base) == 1):
+            mean, error = statistics.fmean(differences), statistics.stdev(differences) / math.sqrt(len(differences))
+            rows.append([f"{a.name} - {b.name}", f"{len(differences)}", f"{1000 * mean:+.2f}", f"{1000 * error:.2f}"])
+    heading = ["runs", "batches in common", "mean difference, mb", "standard error"]
+    return [Table("Test-time training, the same batches", [heading, *rows])] if rows else []
+
+
+# ---- Pictures --------------------------------------------------------------------------------------------------------
+
+# Okabe and Ito's colours, told apart by colour-blind readers; lines and markers tell runs apart in print.
+STYLES = tuple(zip(("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"),
+                   ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)), (0, (8, 2))), "os^Dv*P", strict=True))  # fmt: skip
+
+
+def styled(runs: Sequence[Run]) -> Iterator[tuple[Run, dict[str, Any], dict[str, Any]]]:
+    """Each run with the style of its lines and that of its points."""
+    for run, (color, line, marker) in zip(runs, itertools.cycle(STYLES), strict=False):
+        yield (
+            run,
+            {"color": color, "linestyle": line, "linewidth": 1.6},
+            {"color": color, "marker": marker, "linestyle": "none"},
+        )
+
+
+def new_figure(rows: int, columns: int, size: tuple[float, float], **options: Any) -> tuple[Any, list[Any]]:
+    """A figure and its axes, drawn without a display."""
     from matplotlib.figure import Figure  # here, so that tables work where it is not installed
 
-    figure = Figure(figsize=(15, 4.2), layout="constrained")
-    for axes, draw in zip(figure.subplots(1, 3), (draw_loss, draw_stages, draw_ttt), strict=True):
-        draw(axes, run)
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(run.name)
-    figure.savefig(path, dpi=110)
+    figure = Figure(figsize=size, layout="constrained")
+    axes = list(np.atleast_1d(figure.subplots(rows, columns, **options)).ravel())
+    for ax in axes:
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.grid(color="#DDDDDD", linewidth=0.6)
+        ax.set_axisbelow(True)
+    return figure, axes
+
+
+def legend(ax: Any, **options: Any) -> None:
+    if ax.get_legend_handles_labels()[1]:
+        ax.legend(frameon=False, fontsize=9, **options)
+
+
+def smooth(values: Sequence[float], width: int) -> np.ndarray:
+    """Mean over a centred window that shrinks at the ends."""
+    total = np.concatenate([[0], np.cumsum(values)])
+    at = np.arange(len(values))
+    reach = np.minimum(width // 2, np.minimum(at, len(values) - 1 - at))
+    return (total[at + reach + 1] - total[at - reach]) / (2 * reach + 1)
+
+
+def seconds_at(run: Run, steps: Sequence[int]) -> np.ndarray:
+    """Training seconds after each of these steps, by the log's own pairs, linear between them.
+
+    A pair is added where the loop came on: steps before it go at the pace of the last interval before.
+    """
+    knots = {0: 0.0} | {step: seconds for step, (seconds, _) in run.clock.items()}
+    pace = run.step_ms(looped=False)
+    if run.loop_step is not None and pace:
+        before = max(step for step in knots if step <= run.loop_step)
+        knots.setdefault(run.loop_step, knots[before] + (run.loop_step - before) * pace / 1000)
+    if run.steps and run.train_seconds and run.steps > max(knots):
+        knots[run.steps] = run.train_seconds
+    return np.interp(steps, sorted(knots), [knots[step] for step in sorted(knots)])
+
+
+def draw_loss(runs: Sequence[Run]) -> Any:
+    """Training loss as a line, validation loss as points, over steps and over minutes."""
+    runs = [run for run in runs if run.loss]
+    if not runs:
+        return None
+    figure, axes = new_figure(1, 2, (10, 4), sharey=True)
+    for run, line, point in styled(runs):
+        steps, checks = sorted(run.loss), sorted(step for step in run.validations if step)
+        losses = smooth([run.loss[step] for step in steps], len(steps) // 40)
+        for ax, at in ((axes[0], lambda steps: steps), (axes[1], lambda steps, run=run: seconds_at(run, steps) / 60)):
+            ax.plot(at(steps), losses, **line, label=run.name)
+            ax.plot(
+                at(checks),
+                [run.validations[step][0] for step in checks],
+                **point,
+                markersize=8,
+                markeredgecolor="black",
+            )
+    lowest = min(min(run.loss.values()) for run in runs)
+    early = max(run.loss[min(step for step in run.loss if step >= 0.03 * max(run.loss))] for run in runs)
+    axes[0].set(
+        xlabel="step", ylabel="nats per token", yscale="log", ylim=(0.97 * lowest, max(1.5 * lowest, 1.1 * early))
+    )
+    axes[1].set(xlabel="training time, minutes")
+    plain_log_axis(axes[0].yaxis, (1, 1.5, 2, 2.2, 2.5, 3, 3.5, 4, 5, 6, 7, 8))
+    legend(axes[1], title="line: training (smoothed); point: validation", title_fontsize=9)
+    figure.suptitle("Loss over steps and over time")
+    return figure
+
+
+def plain_log_axis(axis: Any, subs: tuple[float, ...]) -> None:
+    """Plain numbers on a logarithmic axis, few enough to read."""
+    from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
+
+    axis.set_major_locator(LogLocator(base=10, subs=subs))
+    axis.set_major_formatter(ScalarFormatter())
+    axis.set_minor_formatter(NullFormatter())
+
+
+def draw_speed(runs: Sequence[Run]) -> Any:
+    """Tokens per second of every interval, slow ones marked."""
+    runs = [run for run in runs if run.intervals()]
+    if not runs:
+        return None
+    figure, (ax,) = new_figure(1, 1, (10, 4))
+    for run, line, point in styled(runs):
+        for looped in (False, True):
+            rows = [i for i in run.intervals() if i.looped == looped]
+            edges = [x for i in rows for x in (i.start, i.end)]
+            ax.plot(
+                edges,
+                [i.rate for i in rows for _ in "se"],
+                **line | {"linewidth": 1.2},
+                label=None if looped else run.name,
+            )
+        dips = run.dips()
+        ax.plot([(i.start + i.end) / 2 for i in dips], [i.rate for i in dips], **point | {"marker": "v"}, markersize=7,
+                markeredgecolor="black")  # fmt: skip
+        if run.loop_step:
+            ax.axvline(run.loop_step, color=line["color"], linestyle=":", linewidth=1)
+    ax.set(ylim=(0, None), xlabel="step", ylabel="tokens/s")
+    ax.yaxis.set_major_formatter(lambda value, _: f"{value / 1e6:g} M" if value >= 1e6 else f"{value:,.0f}")
+    legend(ax, title="triangle: more than 10 % slower; dotted: loop on", title_fontsize=9, loc="lower left")
+    figure.suptitle("Throughput between logged steps")
+    return figure
+
+
+def running_score(run: Run) -> tuple[list[float], list[float]]:
+    """Share of the batches scored so far, and the running bpb."""
+    batches = list(run.ttt.values())
+    if all(batch.size for batch in batches):
+        nats, size = (list(itertools.accumulate(getattr(b, name) for b in batches)) for name in ("nats", "size"))
+        values = [n / s / math.log(2) for n, s in zip(nats, size, strict=True)]
+    else:
+        values = [batch.running for batch in batches]
+    return [100 * (i + 1) / len(batches) for i in range(len(batches))], values
+
+
+def draw_ttt(runs: Sequence[Run]) -> Any:
+    """Running score, score by document length, and differences to the first run over the same batches."""
+    runs = [run for run in runs if run.ttt]
+    if not runs:
+        return None
+    pairs = [batch_differences(run, runs[0]) for run in runs]
+    several = any(pairs[1:])
+    figure, axes = new_figure(1, 3 if several else 2, (13 if several else 10, 4.2))
+    for (run, line, point), differences in zip(styled(runs), pairs, strict=True):
+        axes[0].plot(*running_score(run), **line, label=run.name)
+        if run.bpb_quantized:
+            axes[0].axhline(run.bpb_quantized, color=line["color"], linestyle=(0, (1, 3)), linewidth=1.4)
+        by_length = sorted(((batch.min_len + batch.max_len) / 2, batch.bpb) for batch in run.ttt.values())
+        lengths, scores = zip(*by_length, strict=True)
+        axes[1].plot(lengths, scores, **point, markersize=3.5, alpha=0.6)
+        axes[1].plot(lengths, smooth(scores, len(scores) // 8), **line)
+        if several and run is not runs[0]:
+            axes[2].plot(
+                *zip(*((length, 1000 * d) for length, d in differences.values()), strict=True), **point, markersize=4
+            )
+    order = "falls and rises with document length:\nthe longest come first, short ones score worse"
+    axes[0].set_title(f"running score: {order}", fontsize=10)
+    axes[0].set(xlabel="batches scored, %", ylabel="bits per byte")
+    axes[1].set_title("score of each batch by the length\nof its documents; line: smoothed", fontsize=10)
+    note = "dotted level: quantized, without TTT" + (
+        "; running score: one rank's" if any(b.size is None for r in runs for b in r.ttt.values()) else ""
+    )
+    figure.legend(
+        *axes[0].get_legend_handles_labels(),
+        loc="outside lower center",
+        title=note,
+        title_fontsize=9,
+        fontsize=9,
+        ncols=3,
+        frameon=False,
+    )
+    if several:
+        axes[2].axhline(0, color="black", linewidth=1)
+        axes[2].set_title(f"the same batches,\nminus {runs[0].name}", fontsize=10)
+        axes[2].set(ylabel="difference, mb")
+    for ax in axes[1:]:
+        ax.set(xscale="log", xlabel="document length, tokens")
+        plain_log_axis(ax.xaxis, (1, 3))
+    figure.suptitle("Test-time training")
+    return figure
+
+
+def schedules(run: Run) -> dict[str, Any] | None:
+    """Learning rate, momentum and loop over steps, and their events; None where settings or steps are missing.
+
+    Schedules follow the clock (training seconds over MAX_WALLCLOCK_SECONDS less the reserve), or the steps where there is
+    no budget, so a step is turned into a fraction by the log's own pairs of step and time. Momentum follows the step.
+    """
+    keys = ("warmdown_frac", "min_lr", "matrix_lr", "muon_momentum", "muon_momentum_warmup_start",
+            "muon_momentum_warmup_steps", "max_wallclock_seconds", "iterations")  # fmt: skip
+    knobs = {key: run.knob(key) for key in keys}
+    if None in knobs.values() or not run.steps or not run.clock:
+        return None
+    steps = np.arange(run.steps + 1)
+    seconds = seconds_at(run, steps)
+    budget = knobs["max_wallclock_seconds"] - (run.knob("gptq_reserve_seconds") or 0)
+    fraction = seconds / budget if knobs["max_wallclock_seconds"] > 0 else steps / knobs["iterations"]
+    falling = np.maximum((1 - fraction) / max(knobs["warmdown_frac"], 1e-9), knobs["min_lr"])
+    multiplier = np.where(fraction < 1 - knobs["warmdown_frac"], 1.0, np.minimum(falling, 1.0))
+    warm = np.minimum(steps / max(knobs["muon_momentum_warmup_steps"], 1), 1)
+    start = knobs["muon_momentum_warmup_start"]
+    momentum = start + (knobs["muon_momentum"] - start) * warm
+    events = {
+        "warmdown starts": int(np.searchsorted(fraction, 1 - knobs["warmdown_frac"])),
+        "momentum at its plateau": int(knobs["muon_momentum_warmup_steps"]),
+        "loop on": run.loop_step,
+        "end": run.steps,
+    }
+    kept = sorted((step, label) for label, step in events.items() if step is not None and step <= run.steps)
+    return {
+        "run": run.name, "step": steps.tolist(), "seconds": seconds.round(3).tolist(), "lr_multiplier": multiplier.tolist(),
+        "matrix_lr": (knobs["matrix_lr"] * multiplier).tolist(), "muon_momentum": momentum.tolist(),
+        "loop": [int(run.loop_step is not None and step >= run.loop_step) for step in steps.tolist()],
+        "events": [{"event": label, "step": step, "seconds": round(float(seconds[step]), 1),
+                    "lr_multiplier": round(float(multiplier[step]), 4)} for step, label in kept],
+    }  # fmt: skip
+
+
+def draw_schedules(runs: Sequence[Run]) -> Any:
+    """The four schedules of the first run that has them, above one another, with their events."""
+    series = next((found for run in runs if (found := schedules(run))), None)
+    if series is None:
+        return None
+    panels = (("lr_multiplier", "learning-rate\nmultiplier"), ("matrix_lr", "rate of the\nmatrices"),
+              ("muon_momentum", "Muon\nmomentum"), ("loop", "loop"))  # fmt: skip
+    figure, axes = new_figure(4, 1, (10, 6.5), sharex=True, height_ratios=(3, 3, 3, 1.3))
+    for ax, (key, label), (color, _, _) in zip(axes, panels, STYLES, strict=False):
+        ax.plot(
+            series["step"], series[key], color=color, linewidth=2, drawstyle="steps-post" if key == "loop" else None
+        )
+        ax.set_ylabel(label)
+        for event in series["events"]:
+            ax.axvline(event["step"], color="#555555", linestyle="--", linewidth=1)
+    axes[3].set(yticks=(0, 1), yticklabels=("off", "on"), ylim=(-0.2, 1.2), xlabel="step")
+    texts = []
+    for letter, side, event in zip("abcd", itertools.cycle(("right", "left")), series["events"], strict=False):
+        axes[0].text(event["step"], 1.03, f" {letter} ", ha=side, transform=axes[0].get_xaxis_transform())
+        texts.append(f"{letter}  {event['event']}: step {event['step']:,}, {event['seconds']:,.0f} s, "
+                     f"learning rate x {event['lr_multiplier']:.3f}")  # fmt: skip
+    figure.suptitle(f"Schedules of {series['run']}\n" + "\n".join(texts), fontsize=10)
+    return figure
+
+
+def draw_quantization(runs: Sequence[Run]) -> Any:
+    """Quantization error of every matrix over the layers, a line per kind, of the first run with artifact and checkpoint."""
+    run = next((run for run in runs if run.tensors), None)
+    if run is None:
+        return None
+    kinds: dict[str, dict[int, float]] = {}
+    for name, error in run.tensors.items():
+        layer, kind = (
+            re.fullmatch(r"blocks\.(\d+)\.(.+)\.weight", name).groups() if "blocks" in name else (-1, "embedding")
+        )
+        kinds.setdefault(kind, {})[int(layer)] = error
+    figure, (ax,) = new_figure(1, 1, (10, 4))
+    for (kind, errors_by_layer), (color, line, marker) in zip(
+        sorted(kinds.items()), itertools.cycle(STYLES), strict=False
+    ):
+        layers = sorted(errors_by_layer)
+        ax.plot(
+            layers, [100 * errors_by_layer[i] for i in layers], color=color, linestyle=line, marker=marker, label=kind
+        )
+    layers = sorted({layer for by_layer in kinds.values() for layer in by_layer})
+    ax.set_xticks(layers, ["emb." if layer < 0 else f"{layer}" for layer in layers])
+    ax.set(xlabel="layer", ylabel="|stored - float|, % of |float|")
+    legend(ax, ncols=2)
+    figure.suptitle(f"Quantization error by matrix ({run.name})")
+    return figure
+
+
+def size_parts(run: Run) -> dict[str, int]:
+    """Bytes of the code and of the artifact, the latter by kind of tensor where the file itself could be read."""
+    if not run.parts:
+        return {"artifact": run.artifact_bytes, "code": run.code_bytes or 0}
+    parts = {"embedding": 0, "MLP": 0, "attention": 0, "scales, gates, small tensors, header": 0}
+    for section, size in run.parts.items():
+        kind = {"tok": "embedding", "mlp": "MLP", "att": "attention"}.get(
+            section[:3], "scales, gates, small tensors, header"
+        )
+        parts[kind] += size
+    parts["scales, gates, small tensors, header"] += run.artifact_bytes - sum(parts.values())
+    return parts | {"code": run.code_bytes or 0}
+
+
+def draw_sizes(runs: Sequence[Run]) -> Any:
+    """Bytes of every submission by part, the limit as a line where it is in sight."""
+    runs = [run for run in runs if run.total_bytes and run.artifact_bytes]
+    if not runs:
+        return None
+    figure, (ax,) = new_figure(1, 1, (10, 2 + 0.6 * len(runs)))
+    ax.grid(False)
+    names = list(
+        dict.fromkeys(name for run in sorted(runs, key=lambda run: -len(run.parts)) for name in size_parts(run))
+    )
+    hatches = ("", "//", "..", "xx", "\\\\", "++")
+    left = np.zeros(len(runs))
+    for name, (color, _, _), hatch in zip(names, STYLES, hatches, strict=False):
+        sizes = np.array([size_parts(run).get(name, 0) / 1e6 for run in runs])
+        ax.barh(range(len(runs)), sizes, left=left, height=0.6, color=color, hatch=hatch, edgecolor="black", linewidth=0.6,
+                label=name)  # fmt: skip
+        left += sizes
+    for row, run in enumerate(runs):
+        ax.text(run.total_bytes / 1e6, row, f"  {run.total_bytes:,}", va="center", fontsize=9)
+    largest = max(run.total_bytes for run in runs)
+    in_sight = largest > SIZE_LIMIT / 4
+    if in_sight:
+        ax.axvline(SIZE_LIMIT / 1e6, color="black", linestyle="--", linewidth=1.2)
+    ax.set_yticks(range(len(runs)), [run.name for run in runs])
+    ax.set(xlabel="MB" + (", dashed: the limit" if in_sight else ""), xlim=(0, 1.16e-6 * largest))
+    ax.invert_yaxis()
+    figure.legend(loc="outside lower center", ncols=5, frameon=False, fontsize=9)
+    figure.suptitle("Bytes of the submission by part")
+    return figure
+
+
+PICTURES: dict[str, Callable[[Sequence[Run]], Any]] = {
+    "loss": draw_loss,
+    "schedules": draw_schedules,
+    "speed": draw_speed,
+    "ttt": draw_ttt,
+    "quantization": draw_quantization,
+    "size": draw_sizes,
+}
+
+
+def pictures(runs: Sequence[Run]) -> dict[str, bytes]:
+    """Name -> PNG, of those pictures for which the logs hold figures."""
+    drawn = {}
+    for name, draw in PICTURES.items():
+        if figure := draw(runs):
+            buffer = io.BytesIO()
+            figure.savefig(buffer, dpi=110)
+            drawn[name] = buffer.getvalue()
+    return drawn
+
+
+def write_pictures(runs: Sequence[Run], folder: Path) -> list[Path]:
+    """The pictures, and the schedules as JSON, in `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for name, png in pictures(runs).items():
+        paths.append(folder / f"{name}.png")
+        paths[-1].write_bytes(png)
+    if "schedules" in (path.stem for path in paths):
+        series = [found for run in runs if (found := schedules(run))]
+        paths.append(folder / "schedules.json")
+        paths[-1].write_text(json.dumps(series))
+    return paths
+
+
+# ---- Page ------------------------------------------------------------------------------------------------------------
+
+PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title><style>
+:root {{ color-scheme: light dark; --line: #d0d0d0; --back: #ffffff; --text: #1a1a1a; --head: #f2f2f2; --bad: #b00020; }}
+@media (prefers-color-scheme: dark) {{
+  :root {{ --line: #444; --back: #16181c; --text: #e4e4e4; --head: #23262c; --bad: #ff8a80; }} }}
+body {{ margin: 0 auto; max-width: 75rem; padding: 1rem; font: 15px/1.5 system-ui, sans-serif; background: var(--back);
+  color: var(--text); }}
+.wide {{ overflow-x: auto; }}
+table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; }}
+th, td {{ padding: .3rem .6rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }}
+th {{ background: var(--head); }}
+.number {{ text-align: right; white-space: nowrap; }}
+.bad {{ color: var(--bad); font-weight: 600; }}
+img {{ display: block; width: 100%; height: auto; margin: 1rem 0; background: #fff; border-radius: 4px; }}
+</style></head><body><h1>{title}</h1>
+{body}
+</body></html>
+"""
+
+
+def html_table(table: Table) -> str:
+    """A table that scrolls sideways on a narrow screen, failures in red."""
+    numeric = [is_numeric(column[1:]) for column in zip(*table.rows, strict=True)]
+
+    def row(cells: Sequence[str], tag: str) -> str:
+        kinds = [
+            "number" if right else "bad" if re.match("FAIL|ERROR", text) else ""
+            for text, right in zip(cells, numeric, strict=True)
+        ]
+        marks = [f' class="{kind}"' if kind else "" for kind in kinds]
+        return (
+            "<tr>"
+            + "".join(f"<{tag}{mark}>{html.escape(text)}</{tag}>" for text, mark in zip(cells, marks, strict=True))
+            + "</tr>"
+        )
+
+    body = "\n".join([row(table.rows[0], "th"), *(row(cells, "td") for cells in table.rows[1:])])
+    note = f"\n<p>{html.escape(table.note)}</p>" if table.note else ""
+    return f'<h2>{html.escape(table.title)}</h2>\n<div class="wide"><table>\n{body}\n</table></div>{note}'
+
+
+def page(runs: Sequence[Run], tables: Sequence[Table]) -> str:
+    """Tables and pictures as one HTML file that needs nothing else: no scripts, no addresses, pictures inside."""
+    images = [
+        f'<img alt="{name}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
+        for name, png in pictures(runs).items()
+    ]
+    title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs"
+    return PAGE.format(title=html.escape(title), body="\n".join([*map(html_table, tables), *images]))
+
+
+def as_data(runs: Sequence[Run], tables: Sequence[Table]) -> dict[str, Any]:
+    """The runs' figures under the headings of the tables, and the tables of a comparison, for programs."""
+    named = {"seed": "seed", "steps": "steps", "iterations": "iterations", "state": "state"}
+    names = [name for name, value in vars(Run("", Path(), Path(), Path())).items() if value is None]
+    rows = [
+        {"run": run.name, **{name: getattr(run, name) for name in (*named, *names)},
+         "tokens_per_second_before_loop": run.rate(looped=False), "tokens_per_second_after_loop": run.rate(looped=True),
+         "step_ms_before_loop": run.step_ms(looped=False), "step_ms_after_loop": run.step_ms(looped=True),
+         "bytes_per_token": run.bytes_per_token, "errors": errors(run), "remarks": remarks(run),
+         "refusals": run.refusals, "settings": run.hyper}
+        for run in runs
+    ]  # fmt: skip
+    return {"runs": rows, "tables": [{"title": t.title, "rows": t.rows, "note": t.note} for t in tables]}
+
+
+# ---- Records ---------------------------------------------------------------------------------------------------------
+
+TRACK = "10min_16mb"
+CODE_FILES = ("lossless_caps.py", "prepare_caseops_data.py", "requirements.txt", "requirements-gpu.txt")
+PATH_KNOBS = {
+    "RUN_DIR",
+    "RUN_ID",
+    "ARTIFACT_DIR",
+    "DATA_DIR",
+    "DATA_PATH",
+    "TOKENIZER_PATH",
+    "EVAL_ONLY_ARTIFACT",
+    "EVAL_ONLY_CHECKPOINT",
+}
+# An absolute path, of which the last part stays; addresses and relative paths do not match.
+ABSOLUTE_PATH = re.compile(r"(?<![\w.:/~-])/(?:[\w.@+~-]+/)+(?=[\w.@+*~-])|[A-Z]:\\(?:[\w .@+~-]+\\)+")
+SOURCE = re.compile(r"(?<=^={100}\n)(?!Hyperparameters:)(.+?)\n(?==={99}\nHyperparameters:$)", re.S | re.M)
+
+
+def scrub(text: str) -> str:
+    """Text whose absolute paths have lost their folders."""
+    return ABSOLUTE_PATH.sub("", text)
+
+
+def embedded_source(run: Run) -> str | None:
+    """The program as the log of the run holds it."""
+    found = SOURCE.findall("\n".join(lines_of(run.log)))
+    return next((text for text in found if text.startswith('"""')), None)
+
+
+def knobs_of(run: Run) -> dict[str, str]:
+    """What a command must set to repeat the run, besides its seed."""
+    kept = {
+        name: value
+        for name, value in (run.changed or {}).items()
+        if name not in ("SEED", "RUN_DIR", "RUN_ID", "ARTIFACT_DIR")
+    }
+    return {name: scrub(value).replace("True", "1").replace("False", "0") for name, value in kept.items()}
+
+
+def run_command(run: Run) -> str:
+    """The line that repeats the run."""
+    settings = " ".join(
+        f"{name}={shlex.quote(value)}" for name, value in {"SEED": f"{run.seed}", **knobs_of(run)}.items()
+    )
+    start = "python" if (run.world or 1) == 1 else f"torchrun --standalone --nproc_per_node={run.world}"
+    return f"{settings} {start} train_gpt.py"
+
+
+def record_troubles(runs: Sequence[Run]) -> list[str]:
+    """Everything that keeps these runs from being a record."""
+    said = [f"{run.name}: {run.state if run.started_at_all else 'did not start'}" for run in runs
+            if not run.complete or run.ends_quantized]  # fmt: skip
+    said += [f"{run.name}: {error}" for run in runs for error in errors(run)]
+    said += [f"{run.name}: the log does not say {what}" for run in runs for what, there in
+             (("its seed", run.seed is not None), ("its changed knobs", run.changed is not None),
+              ("its size", run.total_bytes), ("its training time", run.train_seconds)) if not there]  # fmt: skip
+    if len({run.seed for run in runs}) < len(runs):
+        said.append(f"seeds repeat: {', '.join(str(run.seed) for run in runs)}")
+    if len(runs) > 1 and (trouble := no_common_mean(runs)):
+        said.append(trouble)
+    if len({run.source_bytes for run in runs}) > 1:
+        said.append(
+            f"different programs: {', '.join(f'{run.source_bytes:,} bytes' for run in runs if run.source_bytes)}"
+        )
+    return said
+
+
+def mean_and_sd(runs: Sequence[Run], name: str) -> tuple[float | None, float | None]:
+    """None for what some run lacks, and for the deviation of one run."""
+    values = [getattr(run, name) for run in runs]
+    if None in values:
+        return None, None
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
+
+
+def submission(runs: Sequence[Run], name: str, author: str = "", github: str = "") -> dict[str, Any]:
+    """submission.json, every figure from the logs. artifact_bytes is what the limit counts: artifact and code."""
+    bpb, bpb_sd = mean_and_sd(runs, "bpb_ttt")
+    loss, loss_sd = mean_and_sd(runs, "loss_ttt")
+    mean = lambda figure: mean_and_sd(runs, figure)[0]
+    first = runs[0]
+    knobs = " ".join(f"{k}={v}" for k, v in knobs_of(first).items() if k not in PATH_KNOBS)
+    dates = sorted(run.started[:10] for run in runs if run.started)
+    return {
+        "author": author, "github_id": github, "name": name,
+        "blurb": f"{len(runs)} seed{'s' * (len(runs) > 1)}; settings besides the defaults: {knobs or 'none'}",
+        "date": dates[-1] if dates else None, "track": TRACK,
+        "val_loss": loss, "val_bpb": bpb, "val_loss_std": loss_sd, "val_bpb_std": bpb_sd,
+        "seeds": [run.seed for run in runs],
+        "seed_results": {str(run.seed): {"val_loss": run.loss_ttt, "val_bpb": run.bpb_ttt, "artifact_bytes": run.total_bytes,
+                                         "steps": run.steps} for run in runs},
+        "artifact_bytes_mean": mean("total_bytes"), "train_time_s_mean": mean("train_seconds"),
+        "eval_time_s_mean": mean("ttt_seconds"),
+        "hardware": f"{first.world} x {first.device}" if first.device else None,
+        "reproducibility_notes": f"commit {first.commit or 'unknown'}; validation set of {first.val_targets:,} tokens"
+        + (f", sha256 {first.val_sha256}" if first.val_sha256 else ""),
+    }  # fmt: skip
+
+
+def record_readme(runs: Sequence[Run], name: str, result: dict[str, Any]) -> str:
+    """The README of a record folder."""
+    sd = "" if result["val_bpb_std"] is None else f", standard deviation {result['val_bpb_std']:.5f}"
+    seeds = f"{len(runs)} seeds" if len(runs) > 1 else f"seed {runs[0].seed}"
+    first = runs[0]
+    data = f"{first.val_targets:,} tokens" + (f", {first.val_bytes:,} bytes" if first.val_bytes else "")
+    data += f", {first.val_documents:,} documents" if first.val_documents else ""
+    commands = "\n".join(map(run_command, runs))
+    return f"""# {name}
+
+**{result["val_bpb"]:.5f} bits per byte** after test-time training: mean of {seeds}{sd}, on {result["hardware"]}.
+Written by `read_logs.py --record` from the logs beside it; `read_logs.py --check` compares the two again.
+
+{chr(10).join(markdown(table) + chr(10) for table in run_tables(runs))}
+### Commands
+
+```sh
+{commands}
+```
+
+Validation set: {data}{f", sha256 `{first.val_sha256}`" if first.val_sha256 else ""}.
+"""
+
+
+def write_record(runs: Sequence[Run], folder: Path, name: str, author: str, github: str) -> None:
+    """A record folder: README.md, submission.json, logs, metrics, run files, the program and what it needs.
+
+    LogError, before anything is written, with everything that keeps the runs from being a record.
+    """
+    if folder.exists() and any(folder.iterdir()):
+        raise LogError(f"{folder} is not empty: give a new folder")
+    if troubles := record_troubles(runs):
+        raise LogError("these runs are no record:" + "".join(f"\n  - {trouble}" for trouble in troubles))
+    here = Path(__file__).resolve().parent
+    source = embedded_source(runs[0]) or (here / "train_gpt.py").read_text(encoding="utf-8")
+    if runs[0].source_bytes and len(source.encode()) != runs[0].source_bytes:
+        raise LogError(f"the program here has {len(source.encode()):,} bytes, the one that ran {runs[0].source_bytes:,}: "
+                       "check out its commit")  # fmt: skip
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "train_gpt.py").write_text(source, encoding="utf-8")
+    for file in CODE_FILES:
+        (folder / file).write_text((here / file).read_text(encoding="utf-8"), encoding="utf-8")
+    for run in runs:
+        text = SOURCE.sub("(source: train_gpt.py)\n", "\n".join(lines_of(run.log)) + "\n")
+        (folder / f"log_seed{run.seed}.txt").write_text(scrub(text), encoding="utf-8")
+        for path, kind, suffix in ((run.metrics, "metrics", "jsonl"), (run.info, "run", "json")):
+            if path.is_file():
+                (folder / f"{kind}_seed{run.seed}.{suffix}").write_text(
+                    scrub(path.read_text(encoding="utf-8")), encoding="utf-8"
+                )
+    copies = read_runs(folder)
+    result = submission(copies, name, author, github)
+    (folder / "submission.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    (folder / "README.md").write_text(record_readme(copies, name, result), encoding="utf-8")
+
+
+FIGURE = re.compile(r"(?<![\w.,/-])(?:\d+\.\d{4,}|\d{1,3}(?:,\d{3})+|\d{6,})(?![\w.,]*\d|\w)")
+
+
+def known_figures(runs: Sequence[Run]) -> dict[str, float]:
+    """Every figure that a text about these runs may state, with its name."""
+    known: dict[str, float] = {}
+    columns = [column for column in (*SCORES, *SPEED, *SIZES) if column.spec]
+    names = ["loss_float", "loss_quantized", "loss_ttt", "bytes_per_token", "source_bytes", "weights_bytes", "model_params",
+             "val_targets", "val_bytes", "val_documents", "train_seconds", "ttt_seconds"]  # fmt: skip
+    for label, of, some in (
+        ("mean", statistics.fmean, runs),
+        ("sd", statistics.stdev, runs),
+        *((r.name, max, [r]) for r in runs),
+    ):
+        figures = {column.heading: [column.figure(run) for run in some] for column in columns}
+        figures |= {name: [getattr(run, name) for run in some] for name in names}
+        for name, values in figures.items():
+            if None not in values and (of is not statistics.stdev or len(values) > 1):
+                known[f"{name}, {label}"] = of(values)
+    for run in runs:
+        known |= {f"loss at step {step}, {run.name}": loss for step, loss in run.loss.items()}
+        known |= {
+            f"validation at step {step}, {run.name}": value for step, pair in run.validations.items() for value in pair
+        }
+        known |= {f"{name.upper()}, {run.name}": value for name in run.hyper if (value := run.knob(name)) is not None}
+    return known | {"size limit": SIZE_LIMIT}
+
+
+def text_disagreements(name: str, text: str, known: dict[str, float]) -> Iterator[str]:
+    """Scores (four decimals and more) and large numbers of a text which no log gives, each with the nearest that one does."""
+    for number, line in enumerate(text.splitlines(), 1):
+        for figure in FIGURE.findall(line):
+            value = float(figure.replace(",", ""))
+            half = 0.5001 * 10.0 ** -len(figure.partition(".")[2]) if "." in figure else 0.5
+            label = min(known, key=lambda name, value=value: abs(known[name] - value))
+            if abs(known[label] - value) > half:
+                yield f"{name}:{number}: {figure} is in no log; nearest is {known[label]:.10g} ({label})"
+
+
+def json_disagreements(
+    stated: dict[str, Any], computed: dict[str, Any], where: str = "submission.json"
+) -> Iterator[str]:
+    """Fields of a submission that differ from those which the logs give, at the precision with which they are stated."""
+    for key, value in computed.items():
+        said = stated.get(key)
+        if isinstance(value, dict) and isinstance(said, dict):
+            yield from json_disagreements(said, value, f"{where}: {key}")
+        elif isinstance(value, list) and isinstance(said, list) and sorted(map(str, said)) != sorted(map(str, value)):
+            yield f"{where}: {key} says {said}, the logs give {value}"
+        elif isinstance(value, int | float) and isinstance(said, int | float):
+            digits = len(repr(said).partition(".")[2]) if "e" not in repr(said) else 12
+            if abs(said - value) > 0.5001 * 10.0**-digits:
+                yield f"{where}: {key} says {said}, the logs give {value:.10g}"
+
+
+def check_record(folder: Path) -> list[str]:
+    """Every figure of README.md and submission.json that the logs of the folder do not give, and what else is wrong."""
+    if not folder.is_dir():
+        raise LogError(f"{folder} is no folder: give a record folder")
+    runs = [run for run in map(file_run, log_files(folder)) if run.started_at_all]
+    if not runs:
+        raise LogError(f"{folder} holds no log (log_*.txt): nothing to check against")
+    complete = [run for run in runs if run.bpb_ttt is not None]
+    said = [f"{run.log.name}: {error}" for run in runs for error in errors(run)]
+    said += [f"{run.log.name}: {run.state}" for run in runs if not run.complete] + copied_logs(runs)
+    path = folder / "submission.json"
+    if path.is_file() and complete:
+        try:
+            stated = json.loads(path.read_text(encoding="utf-8"))
+        except json.JSONDecodeError as error:
+            raise LogError(f"{path} is not JSON: {error}") from None
+        computed = submission(complete, "")
+        measured = ("val_", "seed", "artifact_bytes", "train_time", "eval_time")
+        said += json_disagreements(stated, {key: value for key, value in computed.items() if key.startswith(measured)})
+        said += [f"submission.json: seed {seed} has no complete log" for seed in stated.get("seed_results", {})
+                 if seed not in computed["seed_results"]]  # fmt: skip
+    readme = folder / "README.md"
+    if readme.is_file():
+        said += text_disagreements("README.md", readme.read_text(encoding="utf-8"), known_figures(runs))
+    return said + program_disagreements(folder, runs)
+
+
+def program_disagreements(folder: Path, runs: Sequence[Run]) -> list[str]:
+    """The program of the folder against what the logs say ran, and absolute paths that tell of a machine."""
+    said, program = [], folder / "train_gpt.py"
+    sizes = {run.source_bytes for run in runs if run.source_bytes}
+    if program.is_file() and sizes and program.stat().st_size not in sizes:
+        said.append(
+            f"train_gpt.py has {program.stat().st_size:,} bytes, {', '.join(f'{n:,}' for n in sorted(sizes))} ran"
+        )
+    for run in runs:
+        if found := next((match[0] for line in lines_of(run.log) if (match := ABSOLUTE_PATH.search(line))), None):
+            said.append(f"{run.log.name}: holds an absolute path ({found}...)")
+    return said
+
+
+# ---- Ledger ----------------------------------------------------------------------------------------------------------
+
+
+def last_score(run: Run) -> tuple[str, float] | None:
+    """The last stage with a score, and its field's value."""
+    return next(
+        ((label, value) for label, stage in reversed(STAGES) if (value := getattr(run, f"bpb_{stage}")) is not None),
+        None,
+    )
+
+
+def against(run: Run, earlier: Sequence[Run]) -> str:
+    """The difference to the first earlier run of as many steps on the same validation text, in the last common stage."""
+    for number, other in enumerate(earlier, 1):
+        if run.steps == other.steps and validation_mismatch(run, other) is None:
+            for label, stage in reversed(STAGES):
+                if difference := difference_mb(getattr(run, f"bpb_{stage}"), getattr(other, f"bpb_{stage}")):
+                    return f"{difference:+.1f} mb to {number} ({label})"
+    return "-"
+
+
+def run_date(run: Run) -> str:
+    """When it started, or the date in its name."""
+    dated = re.search(r"\d{4}-\d{2}-\d{2}", f"{run.started or ''} {run.name}")
+    return dated[0] if dated else "-"
+
+
+def ledger(runs: Sequence[Run]) -> str:
+    """The experiments as Markdown, oldest first: one row per run, derived from the logs alone."""
+    runs = sorted((run for run in runs if run.started_at_all), key=lambda run: (run_date(run), run.name))
+    heading = [
+        "no.",
+        "date",
+        "run",
+        "hardware",
+        "commit",
+        "changed",
+        "steps",
+        "float",
+        "quantized",
+        "after TTT",
+        "bytes",
+        "against",
+        "state",
+    ]
+    rows = []
+    for number, run in enumerate(runs, 1):
+        changed = " ".join(f"{k}={v}" for k, v in knobs_of(run).items() if k not in PATH_KNOBS)
+        hardware = f"{run.world or '?'} x {run.device}" if run.device else "-"
+        commit = "-" if run.commit in (None, "unknown") else run.commit[:8]
+        scores = [cell(getattr(run, f"bpb_{stage}"), ".5f") for _, stage in STAGES]
+        state = "; ".join(["complete" if run.complete else run.state, *(f"ERROR {said}" for said in errors(run))])
+        rows.append([f"{number}", run_date(run), run.name, hardware, commit, changed or "-", cell(run.steps, ",d"), *scores,
+                     cell(run.total_bytes, ",d"), against(run, runs[: number - 1]), state])  # fmt: skip
+    intro = "# Experiments\n\nOne row per run, derived from its logs by `make records`; never typed. What was learned is in LOG.md.\n\n"
+    return intro + markdown(Table("", [heading, *rows])) + "\n"
 
 
 # ---- Command line ----------------------------------------------------------------------------------------------------
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Print the table, or one result block, and write the plots; exits 2 where there is nothing to read."""
-    parser = argparse.ArgumentParser(description="Tables and plots from run folders and logs.")
-    parser.add_argument("paths", nargs="*", type=Path, metavar="RUN_DIR_OR_LOG")
-    parser.add_argument("--out", type=Path, metavar="PNG", help="the plot of one run; default plot.png in its folder")
-    parser.add_argument("--result", type=Path, metavar="RUN_DIR", help="print only the result block of this run")
+def options_of(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line; exits 2 with a sentence where its parts do not go together."""
+    parser = argparse.ArgumentParser(
+        prog="read_logs.py", description="Tables, comparisons, pictures and records from run logs."
+    )
+    add = parser.add_argument
+    add("paths", nargs="*", type=Path, metavar="LOG", help="run folder, record folder, folder of such, or log")
+    add("--against", nargs="+", type=Path, metavar="LOG", help="compare the first runs with these")
+    add("--plots", type=Path, metavar="DIR", help="write the pictures there")
+    add("--html", type=Path, metavar="FILE", help="write tables and pictures as one page")
+    add("--json", type=Path, metavar="FILE", help="write figures and tables as data")
+    add("--result", action="store_true", help="print only the result block of one run")
+    add("--record", type=Path, metavar="DIR", help="write a record folder of these runs")
+    add("--name", help="title of the record")
+    add("--author", default="", help="for submission.json")
+    add("--github", default="", help="for submission.json")
+    add("--check", type=Path, metavar="DIR", help="compare a record folder with its logs")
+    add("--ledger", type=Path, metavar="FILE", help="write the list of experiments")
     options = parser.parse_args(argv)
-    paths = options.paths or [options.result]
-    if bool(options.paths) == bool(options.result) or (options.out and len(paths) > 1):
-        parser.error("give run folders or logs, or --result with one run; --out takes the plot of a single run")
+    if bool(options.paths) == bool(options.check):
+        parser.error("give run folders or logs, or --check with a record folder")
+    if bool(options.record) != bool(options.name):
+        parser.error("--record needs --name, and --name is only for --record")
+    return options
+
+
+def check(folder: Path) -> int:
+    """Print what disagrees; 1 if anything does."""
+    said = check_record(folder)
+    print("\n".join(said) if said else f"{folder}: every figure agrees with the logs")
+    return int(bool(said))
+
+
+def show_result(runs: Sequence[Run]) -> None:
+    """LogError for anything but one run that has results."""
+    if len(runs) > 1:
+        raise LogError(f"--result takes one run, here are {len(runs)}: {', '.join(run.name for run in runs)}")
+    if not runs[0].started_at_all:
+        raise LogError(f"{runs[0].name} has no result, it did not start: {refusal(runs[0])}")
+    print(result_block(runs[0]))
+
+
+def show_report(options: argparse.Namespace, runs: list[Run]) -> None:
+    """Tables on standard output, and the files that were asked for."""
+    base = read_all(options.against) if options.against else []
+    tables = run_tables(runs + base)
+    if base:
+        tables = comparison_tables(runs, base) + tables
+    print("\n\n".join(map(markdown, tables)))
+    if options.json:
+        options.json.write_text(json.dumps(as_data(runs + base, tables), indent=1) + "\n", encoding="utf-8")
+    if options.plots:
+        for path in write_pictures(runs + base, options.plots):
+            print(f"picture: {path}", file=sys.stderr)
+    if options.html:
+        options.html.write_text(page(runs + base, tables), encoding="utf-8")
+        print(f"page: {options.html}", file=sys.stderr)
+
+
+def run_options(options: argparse.Namespace) -> int:
+    """Do what was asked for; the exit code."""
+    if options.check:
+        return check(options.check)
+    runs = read_all(options.paths)
+    if options.result:
+        show_result(runs)
+    elif options.record:
+        write_record(runs, options.record, options.name, options.author, options.github)
+        print(f"record: {options.record}")
+    elif options.ledger:
+        options.ledger.write_text(ledger(runs), encoding="utf-8")
+    else:
+        show_report(options, runs)
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The exit code: 0, 1 where --check found something, 2 with one sentence where there is nothing to work on."""
     try:
-        runs = [read_run(path) for path in paths]
-    except OSError as error:
-        parser.exit(2, f"read_logs: {error}\n")
-    table = [[heading for heading, _, _ in COLUMNS], *map(cells, runs)]
-    print(result_block(runs[0]) if options.result else markdown_table(table))
-    for path, run in zip(options.paths, runs, strict=False):
-        if target := options.out or (path / "plot.png" if path.is_dir() else None):
-            plot(run, target)
-            print(f"plot: {target}", file=sys.stderr)
+        return run_options(options_of(argv))
+    except (LogError, OSError) as error:
+        print(f"read_logs: {error}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
