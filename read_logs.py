@@ -9,9 +9,9 @@
     python read_logs.py --check DIR                       every figure of a record folder that its logs do not give
     python read_logs.py DIR... --ledger FILE              the list of experiments, one row per run
 
-LOG is a run folder (log.txt, metrics.jsonl, run.json), a record folder (log_*.txt and the like) or one text file with the
-result lines that every script of this family prints: public logs read the same way. Nothing of this project is imported.
-Exit code 0: done; 1: --check found a figure that disagrees; 2: nothing to read, or what was asked for is not possible.
+LOG is a run folder (log.txt, metrics.jsonl, run.json), a record folder (log_*.txt and the like) or one text file with
+the result lines that every script of this family prints: public logs read alike. Nothing of this project is imported.
+Exit code 0: done; 1: --check found a figure that disagrees; 2: nothing to read, or not possible as asked for.
 
 Contents: runs, reading, checks, tables, statistics, pictures, page, records, ledger, command line.
 """
@@ -189,7 +189,7 @@ class Run:
         return self.hyper.get("ttt_enabled") == "False"
 
     @property
-    def started_at_all(self) -> bool:
+    def began(self) -> bool:
         return any((self.hyper, self.val_targets, self.steps, self.bpb_float, self.bpb_quantized, self.bpb_ttt))
 
     @property
@@ -201,7 +201,7 @@ class Run:
         """`complete`, or the stage that a run without a score has reached."""
         if self.complete:
             return "complete, without TTT" if self.ends_quantized else "complete"
-        if not self.started_at_all:
+        if not self.began:
             return "did not start"
         of = f" of {self.iterations}" if self.iterations else ""
         reached = (
@@ -224,8 +224,8 @@ class Run:
 
 INT, NUM = r"(\d+)", r"(\d+(?:\.\d+)?(?:e-?\d+)?)"
 
-# A word that a line must hold -> what to search in it, and the fields that the groups fill. `_ms` becomes seconds. Lines
-# are searched, not matched from their start: ranks, launchers and warnings write in front of one another.
+# A word that a line must hold -> what to search in it, and the fields that the groups fill; `_ms` becomes seconds.
+# Lines are searched, not matched from their start: ranks, launchers and warnings write in front of one another.
 RESULT_LINES: dict[str, tuple[str, tuple[str, ...]]] = {
     "layer_loop:enabled": (rf"step:{INT} frac", ("loop_step",)),
     "stopping_early:": (rf"train_time: {INT}ms step: {INT}/{INT}", ("train_ms", "steps", "iterations")),
@@ -527,7 +527,7 @@ def log_files(folder: Path) -> list[Path]:
 
 
 def file_run(log: Path) -> Run:
-    """A log with the metrics and run files of the same suffix beside it. A name as plain as log_seed42 gets its folder."""
+    """A log, with metrics and run file of the same suffix beside it. A name as plain as log_seed42 gets its folder."""
     suffix = re.sub(r"^log_?", "", log.stem)
     plain = log.stem.startswith("log") or re.fullmatch(r"(train_?)?seed_?\d+", log.stem)
     name = f"{log.resolve().parent.name}/{suffix or log.stem}" if plain else log.stem
@@ -540,13 +540,13 @@ def read_runs(path: Path) -> list[Run]:
         raise LogError(f"{path} does not exist: give a run folder, a record folder or a log")
     if path.is_file():
         run = file_run(path)
-        if not (run.started_at_all or run.refusals or run.ttt):
+        if not (run.began or run.refusals or run.ttt):
             raise LogError(f"{path} holds no line of a training log: give a log, or the folder of a run")
         return [run]
     log, metrics = path / "log.txt", path / "metrics.jsonl"
     if log.exists() or metrics.exists():
         return [read_run(path.resolve().name, log, metrics, path / "run.json")]
-    runs = [run for run in map(file_run, log_files(path)) if run.started_at_all or run.refusals]
+    runs = [run for run in map(file_run, log_files(path)) if run.began or run.refusals]
     runs = runs or [run for child in sorted(path.iterdir()) if child.is_dir() for run in quietly(read_runs, child)]
     if not runs:
         raise LogError(f"{path} holds no run: give a folder with log.txt or log_*.txt, or the log itself")
@@ -633,7 +633,7 @@ def accounting_errors(run: Run) -> Iterator[str]:
     if near(targets, 36_560_000, 1e-3):
         yield "36.56 M validation tokens: preparation in parallel slices cut the validation set"
     if full and near(ratio, CASEOPS_RATIO * SENTINELS_COUNTED, 1e-3):
-        yield f"{ratio:.4f} bytes per token: case markers count as text; times {SENTINELS_COUNTED} the bpb are comparable"
+        yield f"{ratio:.4f} bytes per token: case markers count as text; the true bpb is {SENTINELS_COUNTED} times this"
     if near(targets, PLAIN_TARGETS, 1e-3) and ratio and 1.16 < ratio / PLAIN_RATIO < 1.18:
         yield f"{ratio:.4f} bytes per token instead of {PLAIN_RATIO}: the byte table counts leading spaces twice"
     if run.val_bytes and targets and ratio and not near(ratio, run.val_bytes / targets, 3e-4):
@@ -664,15 +664,16 @@ def stage_errors(run: Run) -> Iterator[str]:
     last = max(run.validations) if run.validations else None
     raw = run.validations[last][1] if last and last == run.steps else None
     if raw and run.bpb_float and run.bpb_float > raw + 0.05:
-        yield f"float {run.bpb_float:.4f} bpb against {raw:.4f} at the last step: evaluated with the loop off, or averaged badly"
+        yield f"float {run.bpb_float:.4f} bpb against {raw:.4f} at the last step: loop off there, or a bad average"
     if run.bpb_float and run.bpb_quantized and run.bpb_quantized > run.bpb_float + 0.1:
-        yield f"quantization costs {run.bpb_quantized - run.bpb_float:.3f} bpb: the loop is on here and never was in training"
+        cost = run.bpb_quantized - run.bpb_float
+        yield f"quantization costs {cost:.3f} bpb: the loop is on here and never was in training"
     if run.bpb_ttt and run.bpb_quantized:
         gain = run.bpb_quantized - run.bpb_ttt
         if gain < -0.01:
             yield f"test-time training loses {-gain:.3f} bpb: it diverged, or its forward misses a gate"
         if gain > 0.025 and near(run.val_targets, CASEOPS_TARGETS, 1e-4):
-            yield f"test-time training gains {gain:.3f} bpb, legal ones 0.010 to 0.014: are tokens scored after learning?"
+            yield f"test-time training gains {gain:.3f} bpb, legal ones 0.010 to 0.014: is it scored after learning?"
     if run.bpb_ttt and run.bpb_ttt < 1 and near(run.val_targets, CASEOPS_TARGETS, 1e-4):
         yield f"{run.bpb_ttt:.4f} bpb: below 1 only byte mixtures that are no distribution, or learning before scoring"
 
@@ -703,7 +704,7 @@ def remarks(run: Run) -> list[str]:
     if any(used < scored for scored, used in run.learned):
         pairs = ", ".join(f"{used} of {scored}" for scored, used in run.learned)
         said.append(f"the base model learned from {pairs} scored documents, the shortest of them")
-    if run.refusals and run.started_at_all:
+    if run.refusals and run.began:
         said.append(f"a later start was refused: {run.refusals[0]}")
     if dips := run.dips():
         said.append(f"{len(dips)} of {len(run.intervals())} intervals are more than 10 % slower than their median")
@@ -712,19 +713,20 @@ def remarks(run: Run) -> list[str]:
 
 # What may differ between runs that count as one configuration.
 LOCAL_SETTINGS = {"seed", "preset", "run_id", "run_dir", "artifact_dir", "from_stage", "resume", "checkpoint_every",
-                  "save_pre_gptq", "eval_only_checkpoint", "eval_only_artifact", "data_dir", "datasets_dir", "data_path",
-                  "tokenizer_path", "train_files", "val_files", "val_bytes_files", "train_log_every", "logfile",
-                  "model_path", "quantized_model_path", "rank", "local_rank", "is_main_process", "distributed"}  # fmt: skip
+                  "save_pre_gptq", "eval_only_checkpoint", "eval_only_artifact", "data_dir", "datasets_dir",
+                  "data_path", "tokenizer_path", "train_files", "val_files", "val_bytes_files", "train_log_every",
+                  "logfile", "model_path", "quantized_model_path", "rank", "local_rank", "is_main_process",
+                  "distributed"}  # fmt: skip
 
 
 def settings_that_differ(runs: Sequence[Run]) -> list[str]:
-    """Settings, with their values, in which runs of one table differ: such runs have no common mean."""
+    """Settings, with their values, in which runs differ; runs whose log does not print them cannot be told apart."""
+    known = [run for run in runs if run.hyper]
     said = []
-    for names in [{name for run in runs for name in run.hyper} - LOCAL_SETTINGS] if all(r.hyper for r in runs) else []:
-        for name in sorted(names):
-            values = list(dict.fromkeys(run.hyper.get(name, "(none)") for run in runs))
-            if len(values) > 1 and len({number_of(value) for value in values}) > 1:
-                said.append(f"{name.upper()}: {' / '.join(values)}")
+    for name in sorted({name for run in known for name in run.hyper} - LOCAL_SETTINGS):
+        values = list(dict.fromkeys(number_of(run.hyper.get(name, "(none)")) for run in known))
+        if len(values) > 1:
+            said.append(f"{name.upper()}: {' / '.join(map(str, values))}")
     return said
 
 
@@ -895,8 +897,8 @@ def refusal(run: Run) -> str:
 
 def run_tables(runs: Sequence[Run]) -> list[Table]:
     """The report on runs: scores, speed, size and budgets, what to know; those that never started on their own."""
-    started = [run for run in runs if run.started_at_all]
-    refused = [run for run in runs if not run.started_at_all]
+    started = [run for run in runs if run.began]
+    refused = [run for run in runs if not run.began]
     tables = []
     if started:
         tables += [run_table(*spec) for spec in (("Scores", started, SCORES), ("Speed", started, SPEED),
@@ -943,83 +945,59 @@ def result_block(run: Run) -> str:
 # ---- Statistics ------------------------------------------------------------------------------------------------------
 
 STAGES = (("float", "float"), ("quantized", "quantized"), ("after TTT", "ttt"))  # label, suffix of the fields
-RECORD_MARGIN, RECORD_P, FRONTIER_P = 0.005, 0.01, 0.25  # nats and p of the first rule, p of the later one
+LEADERBOARD_RULES = (("better by 0.005 nats", 0.005, 0.01), ("better at all (later rule)", 0.0, 0.25))  # margin, p
 
 
-class Test(NamedTuple):
-    """Of the difference new - base: p values are None where there are too few runs."""
-
-    stage: str
-    n_new: int
-    n_base: int
-    difference: float  # of the means, bpb
-    welch_p: float | None  # two-sided
-    pairs: int  # seeds in common
-    paired: float | None  # mean difference over those, bpb
-    paired_p: float | None
+def p_text(result: Any) -> str:
+    """The p value of a scipy result; a dash where there is no result, or no spread."""
+    if result is None or math.isnan(result.pvalue):
+        return "-"
+    return "< 0.0001" if result.pvalue < 1e-4 else f"{result.pvalue:.4f}"
 
 
-def p_value(result: Any) -> float | None:
-    """The p of a scipy result; None where the spread is zero."""
-    return None if math.isnan(result.pvalue) else float(result.pvalue)
-
-
-def by_seed(runs: Sequence[Run], name: str) -> dict[int | None, float]:
+def by_seed(runs: Sequence[Run], name: str) -> dict[int, float]:
     """The mean figure of each seed."""
-    values: dict[int | None, list[float]] = {}
+    values: dict[int, list[float]] = {}
     for run in runs:
-        if (value := getattr(run, name)) is not None:
-            values.setdefault(run.seed, []).append(value)
+        if run.seed is not None and getattr(run, name) is not None:
+            values.setdefault(run.seed, []).append(getattr(run, name))
     return {seed: statistics.fmean(figures) for seed, figures in values.items()}
 
 
-def stage_test(new: Sequence[Run], base: Sequence[Run], label: str, name: str) -> Test | None:
-    """Both tests on one stage; None where a side has not reached it."""
-    from scipy import stats  # here, because tables need only the standard library and numpy
+def stage_row(new: Sequence[Run], base: Sequence[Run], label: str, name: str) -> list[str] | None:
+    """Difference of the means with Welch's test, and of common seeds with the paired one; None without figures."""
+    from scipy import stats  # here, because tables need no more than numpy
 
-    a = [getattr(run, name) for run in new if getattr(run, name) is not None]
-    b = [getattr(run, name) for run in base if getattr(run, name) is not None]
+    a, b = ([getattr(run, name) for run in side if getattr(run, name) is not None] for side in (new, base))
     if not (a and b):
         return None
-    many = len(a) > 1 and len(b) > 1
-    welch = p_value(stats.ttest_ind(a, b, equal_var=False)) if many else None
+    welch = stats.ttest_ind(a, b, equal_var=False) if min(len(a), len(b)) > 1 else None
     x, y = by_seed(new, name), by_seed(base, name)
-    shared = [seed for seed in x if seed in y and seed is not None]
-    pairs = [(x[seed], y[seed]) for seed in shared]
-    paired = statistics.fmean(p - q for p, q in pairs) if pairs else None
-    paired_p = p_value(stats.ttest_rel(*zip(*pairs, strict=True))) if len(pairs) > 1 else None
-    return Test(label, len(a), len(b), statistics.fmean(a) - statistics.fmean(b), welch, len(pairs), paired, paired_p)
+    pairs = [(x[seed], y[seed]) for seed in x if seed in y]
+    paired = stats.ttest_rel(*zip(*pairs, strict=True)) if len(pairs) > 1 else None
+    mean = f"{1000 * statistics.fmean(p - q for p, q in pairs):+.2f}" if pairs else "-"
+    difference = difference_mb(statistics.fmean(a), statistics.fmean(b))
+    sizes = f"{len(a)} against {len(b)}"
+    return [label, sizes, f"{difference:+.2f}", p_text(welch), f"{len(pairs)}", mean, p_text(paired)]
 
 
-class Verdict(NamedTuple):
-    """The two leaderboard rules on the scores after TTT: gain in nats per token, one-sided Welch p of each rule."""
-
-    gain_nats: float
-    record_p: float | None  # that the gain is at most 0.005 nats
-    frontier_p: float | None  # that there is no gain
-
-    @property
-    def record(self) -> bool:
-        return self.record_p is not None and self.record_p < RECORD_P
-
-    @property
-    def frontier(self) -> bool:
-        return self.frontier_p is not None and self.frontier_p < FRONTIER_P
-
-
-def leaderboard(new: Sequence[Run], base: Sequence[Run]) -> Verdict | None:
-    """None unless both sides have a score. Nats are per token of the base, so that another tokenizer compares, too."""
+def leaderboard_table(new: Sequence[Run], base: Sequence[Run]) -> list[Table]:
+    """The two rules, one-sided Welch tests in nats per token of the base, so that another tokenizer compares, too."""
     from scipy import stats
 
-    per_bpb = base[0].bytes_per_token * math.log(2) if base[0].bytes_per_token else None
-    a = [run.bpb_ttt for run in new if run.bpb_ttt is not None]
-    b = [run.bpb_ttt for run in base if run.bpb_ttt is not None]
-    if not (a and b and per_bpb):
-        return None
-    nats_a, nats_b = np.multiply(a, per_bpb), np.multiply(b, per_bpb)
-    one_sided = lambda margin: p_value(stats.ttest_ind(nats_a, nats_b - margin, equal_var=False, alternative="less"))
-    ps = (one_sided(RECORD_MARGIN), one_sided(0)) if min(len(a), len(b)) > 1 else (None, None)
-    return Verdict(float(nats_b.mean() - nats_a.mean()), *ps)
+    a, b = ([run.bpb_ttt for run in side if run.bpb_ttt is not None] for side in (new, base))
+    if not (a and b and base[0].bytes_per_token):
+        return []
+    a, b = (np.multiply(side, base[0].bytes_per_token * math.log(2)) for side in (a, b))
+    rows = [["rule", "p", "limit", ""]]
+    for rule, margin, limit in LEADERBOARD_RULES:
+        if min(len(a), len(b)) == 1:
+            rows.append([rule, "-", f"{limit}", "needs two runs on each side"])
+        else:
+            test = stats.ttest_ind(a, b - margin, equal_var=False, alternative="less")
+            rows.append([rule, p_text(test), f"{limit}", "kept" if test.pvalue < limit else "not kept"])
+    gain = float(b.mean() - a.mean())
+    return [Table("Leaderboard rules", rows, f"One-sided, after TTT; the gain is {gain:+.5f} nats per token.")]
 
 
 def batch_differences(new: Run, base: Run) -> dict[int, tuple[float, float]]:
@@ -1038,9 +1016,7 @@ def batch_differences(new: Run, base: Run) -> dict[int, tuple[float, float]]:
 def require_comparable(new: Sequence[Run], base: Sequence[Run]) -> None:
     """LogError that names what keeps these runs from being compared."""
     for side in (new, base):
-        if trouble := [said for said in copied_logs(side)] or [
-            f"{r.name} did not start" for r in side if not r.started_at_all
-        ]:
+        if trouble := [said for said in copied_logs(side)] or [f"{r.name} did not start" for r in side if not r.began]:
             raise LogError(f"these runs do not compare: {trouble[0]}; leave it out")
         if differ := settings_that_differ(side):
             raise LogError(f"one side mixes configurations ({'; '.join(differ[:5])}): compare one at a time")
@@ -1051,37 +1027,19 @@ def require_comparable(new: Sequence[Run], base: Sequence[Run]) -> None:
             raise LogError(f"both sides hold the same run: {copies[0]}")
 
 
-def p_text(p: float | None) -> str:
-    return "-" if p is None else "< 0.0001" if p < 1e-4 else f"{p:.4f}"
-
-
-def verdict_row(rule: str, kept: bool, p: float | None, limit: float) -> list[str]:
-    verdict = "needs two runs on each side" if p is None else "kept" if kept else "not kept"
-    return [rule, p_text(p), f"{limit}", verdict]
-
-
 def comparison_tables(new: Sequence[Run], base: Sequence[Run]) -> list[Table]:
-    """Differences by stage, the leaderboard rules, the settings that differ, batches in pairs. LogError if not comparable."""
+    """Differences by stage, leaderboard rules, settings that differ, the same batches. LogError if not comparable."""
     require_comparable(new, base)
-    tests = [test for label, stage in STAGES if (test := stage_test(new, base, label, f"bpb_{stage}"))]
-    heading = ["stage", "runs", "difference, mb", "Welch p", "common seeds", "paired difference, mb", "paired p"]
-    rows = [[t.stage, f"{t.n_new} against {t.n_base}", f"{1000 * t.difference:+.2f}", p_text(t.welch_p), f"{t.pairs}",
-             cell(difference_mb(t.paired, 0) if t.paired is not None else None, "+.2f"), p_text(t.paired_p)] for t in tests]  # fmt: skip
-    names = f"{', '.join(run.name for run in new)} against {', '.join(run.name for run in base)}"
-    note = f"Less than zero: the first is better. {names}."
+    heading = "stage", "runs", "difference, mb", "Welch p", "common seeds", "paired difference, mb", "paired p"
+    rows = [row for label, stage in STAGES if (row := stage_row(new, base, label, f"bpb_{stage}"))]
+    note = f"Below zero: {', '.join(run.name for run in new)} better than {', '.join(run.name for run in base)}."
     if min(len(new), len(base)) == 1:
         note += f" One run on a side: seeds alone spread by {1000 * SEED_SD:.2f} mb (record system, ten seeds)."
     if same_text(new[0], base[0]) and new[0].val_targets != base[0].val_targets:
         note += " The same text under two tokenizers: bits per byte compare, nats per token do not."
-    tables = [Table("Difference", [heading, *rows], note)]
-    if verdict := leaderboard(new, base):
-        rows = [verdict_row(f"better by {RECORD_MARGIN} nats", verdict.record, verdict.record_p, RECORD_P),
-                verdict_row("better at all", verdict.frontier, verdict.frontier_p, FRONTIER_P)]  # fmt: skip
-        note = f"One-sided Welch tests on the scores after TTT; the gain is {verdict.gain_nats:+.5f} nats per token."
-        tables.append(Table("Leaderboard rules", [["rule", "p", "limit", ""], *rows], note))
+    tables = [Table("Difference", [[*heading], *rows], note), *leaderboard_table(new, base)]
     if differ := settings_that_differ([new[0], base[0]]):
-        pairs = [said.split(": ", 1) for said in differ]
-        tables.append(Table("Settings", [["knob", "first / second"], *pairs]))
+        tables.append(Table("Settings", [["knob", "first / second"], *(said.split(": ", 1) for said in differ)]))
     return tables + batch_tables(new, base)
 
 
@@ -1099,37 +1057,28 @@ def batch_tables(new: Sequence[Run], base: Sequence[Run]) -> list[Table]:
 
 # ---- Pictures --------------------------------------------------------------------------------------------------------
 
-# Okabe and Ito's colours, told apart by colour-blind readers; lines and markers tell runs apart in print.
-STYLES = tuple(zip(("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"),
-                   ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)), (0, (8, 2))), "os^Dv*P", strict=True))  # fmt: skip
+# Okabe and Ito's colours, told apart by colour-blind readers; lines and markers tell runs apart in print. Seven colours
+# and six lines make 42 pairs.
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+LINES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)))
+HATCHES = ("", "//", "..", "xx", "\\\\", "++")
+STYLES = tuple(zip(COLORS * 6, LINES * 7, "os^Dv*" * 7, strict=True))
+LEGEND = {"frameon": False, "fontsize": 9, "title_fontsize": 9}
 
 
-def styled(runs: Sequence[Run]) -> Iterator[tuple[Run, dict[str, Any], dict[str, Any]]]:
-    """Each run with the style of its lines and that of its points."""
-    for run, (color, line, marker) in zip(runs, itertools.cycle(STYLES), strict=False):
-        yield (
-            run,
-            {"color": color, "linestyle": line, "linewidth": 1.6},
-            {"color": color, "marker": marker, "linestyle": "none"},
-        )
+class Picture(NamedTuple):
+    """A figure that runs share: its title, whether a run has something for it, and what draws it."""
+
+    title: str
+    there: Callable[[Run], Any]
+    draw: Callable[[Any, Sequence[Run]], None]
+    size: tuple[float, float] = (10, 4)  # inches
 
 
-def new_figure(rows: int, columns: int, size: tuple[float, float], **options: Any) -> tuple[Any, list[Any]]:
-    """A figure and its axes, drawn without a display."""
-    from matplotlib.figure import Figure  # here, so that tables work where it is not installed
-
-    figure = Figure(figsize=size, layout="constrained")
-    axes = list(np.atleast_1d(figure.subplots(rows, columns, **options)).ravel())
-    for ax in axes:
-        ax.spines[["top", "right"]].set_visible(False)
-        ax.grid(color="#DDDDDD", linewidth=0.6)
-        ax.set_axisbelow(True)
-    return figure, axes
-
-
-def legend(ax: Any, **options: Any) -> None:
-    if ax.get_legend_handles_labels()[1]:
-        ax.legend(frameon=False, fontsize=9, **options)
+def styled(items: Iterable[Any]) -> Iterator[tuple[Any, dict[str, Any], dict[str, Any]]]:
+    """Each item with the style of its lines and that of its points."""
+    for item, (color, line, marker) in zip(items, itertools.cycle(STYLES), strict=False):
+        yield item, {"color": color, "linestyle": line}, {"color": color, "marker": marker, "linestyle": "none"}
 
 
 def smooth(values: Sequence[float], width: int) -> np.ndarray:
@@ -1140,10 +1089,19 @@ def smooth(values: Sequence[float], width: int) -> np.ndarray:
     return (total[at + reach + 1] - total[at - reach]) / (2 * reach + 1)
 
 
+def plain_log_axis(axis: Any, subs: Sequence[float]) -> None:
+    """Plain numbers at these multiples of powers of ten on a logarithmic axis."""
+    from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
+
+    axis.set_major_locator(LogLocator(base=10, subs=subs))
+    axis.set_major_formatter(ScalarFormatter())
+    axis.set_minor_formatter(NullFormatter())
+
+
 def seconds_at(run: Run, steps: Sequence[int]) -> np.ndarray:
     """Training seconds after each of these steps, by the log's own pairs, linear between them.
 
-    A pair is added where the loop came on: steps before it go at the pace of the last interval before.
+    A pair is added where the loop came on: steps before it go at the pace of the intervals before.
     """
     knots = {0: 0.0} | {step: seconds for step, (seconds, _) in run.clock.items()}
     pace = run.step_ms(looped=False)
@@ -1155,297 +1113,222 @@ def seconds_at(run: Run, steps: Sequence[int]) -> np.ndarray:
     return np.interp(steps, sorted(knots), [knots[step] for step in sorted(knots)])
 
 
-def draw_loss(runs: Sequence[Run]) -> Any:
+def draw_loss(figure: Any, runs: Sequence[Run]) -> None:
     """Training loss as a line, validation loss as points, over steps and over minutes."""
-    runs = [run for run in runs if run.loss]
-    if not runs:
-        return None
-    figure, axes = new_figure(1, 2, (10, 4), sharey=True)
+    by_step, by_time = figure.subplots(1, 2, sharey=True)
     for run, line, point in styled(runs):
         steps, checks = sorted(run.loss), sorted(step for step in run.validations if step)
-        losses = smooth([run.loss[step] for step in steps], len(steps) // 40)
-        for ax, at in ((axes[0], lambda steps: steps), (axes[1], lambda steps, run=run: seconds_at(run, steps) / 60)):
-            ax.plot(at(steps), losses, **line, label=run.name)
-            ax.plot(
-                at(checks),
-                [run.validations[step][0] for step in checks],
-                **point,
-                markersize=8,
-                markeredgecolor="black",
-            )
+        losses, checked = [run.loss[step] for step in steps], [run.validations[step][0] for step in checks]
+        for ax, at in ((by_step, np.array), (by_time, lambda steps, run=run: seconds_at(run, steps) / 60)):
+            ax.plot(at(steps), smooth(losses, len(steps) // 40), **line, label=run.name)
+            ax.plot(at(checks), checked, **point, markersize=8, markeredgecolor="black")
     lowest = min(min(run.loss.values()) for run in runs)
     early = max(run.loss[min(step for step in run.loss if step >= 0.03 * max(run.loss))] for run in runs)
-    axes[0].set(
-        xlabel="step", ylabel="nats per token", yscale="log", ylim=(0.97 * lowest, max(1.5 * lowest, 1.1 * early))
-    )
-    axes[1].set(xlabel="training time, minutes")
-    plain_log_axis(axes[0].yaxis, (1, 1.5, 2, 2.2, 2.5, 3, 3.5, 4, 5, 6, 7, 8))
-    legend(axes[1], title="line: training (smoothed); point: validation", title_fontsize=9)
-    figure.suptitle("Loss over steps and over time")
-    return figure
+    by_step.set(xlabel="step", ylabel="nats per token", yscale="log")
+    by_step.set_ylim(0.97 * lowest, max(1.5 * lowest, 1.1 * early))  # the first steps would flatten the rest
+    by_time.set(xlabel="training time, minutes")
+    plain_log_axis(by_step.yaxis, (1, 1.5, 2, 2.2, 2.5, 3, 3.5, 4, 5, 6, 7, 8))
+    by_time.legend(title="line: training (smoothed); point: validation", **LEGEND)
 
 
-def plain_log_axis(axis: Any, subs: tuple[float, ...]) -> None:
-    """Plain numbers on a logarithmic axis, few enough to read."""
-    from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
-
-    axis.set_major_locator(LogLocator(base=10, subs=subs))
-    axis.set_major_formatter(ScalarFormatter())
-    axis.set_minor_formatter(NullFormatter())
-
-
-def draw_speed(runs: Sequence[Run]) -> Any:
+def draw_speed(figure: Any, runs: Sequence[Run]) -> None:
     """Tokens per second of every interval, slow ones marked."""
-    runs = [run for run in runs if run.intervals()]
-    if not runs:
-        return None
-    figure, (ax,) = new_figure(1, 1, (10, 4))
+    ax = figure.subplots()
     for run, line, point in styled(runs):
         for looped in (False, True):
             rows = [i for i in run.intervals() if i.looped == looped]
-            edges = [x for i in rows for x in (i.start, i.end)]
-            ax.plot(
-                edges,
-                [i.rate for i in rows for _ in "se"],
-                **line | {"linewidth": 1.2},
-                label=None if looped else run.name,
-            )
-        dips = run.dips()
-        ax.plot([(i.start + i.end) / 2 for i in dips], [i.rate for i in dips], **point | {"marker": "v"}, markersize=7,
-                markeredgecolor="black")  # fmt: skip
+            edges, rates = [x for i in rows for x in (i.start, i.end)], [i.rate for i in rows for _ in range(2)]
+            ax.plot(edges, rates, **line, label=None if looped else run.name)
+        dips = [((i.start + i.end) / 2, i.rate) for i in run.dips()]
+        ax.plot(*np.reshape(dips, (-1, 2)).T, **point | {"marker": "v"}, markeredgecolor="black")
         if run.loop_step:
             ax.axvline(run.loop_step, color=line["color"], linestyle=":", linewidth=1)
     ax.set(ylim=(0, None), xlabel="step", ylabel="tokens/s")
     ax.yaxis.set_major_formatter(lambda value, _: f"{value / 1e6:g} M" if value >= 1e6 else f"{value:,.0f}")
-    legend(ax, title="triangle: more than 10 % slower; dotted: loop on", title_fontsize=9, loc="lower left")
-    figure.suptitle("Throughput between logged steps")
-    return figure
+    ax.legend(title="triangle: more than 10 % slower; dotted: loop on", loc="lower left", **LEGEND)
 
 
 def running_score(run: Run) -> tuple[list[float], list[float]]:
-    """Share of the batches scored so far, and the running bpb."""
+    """Per cent of the batches scored so far, and the running bpb."""
     batches = list(run.ttt.values())
+    values = [batch.running for batch in batches]
     if all(batch.size for batch in batches):
-        nats, size = (list(itertools.accumulate(getattr(b, name) for b in batches)) for name in ("nats", "size"))
-        values = [n / s / math.log(2) for n, s in zip(nats, size, strict=True)]
-    else:
-        values = [batch.running for batch in batches]
+        nats, size = np.cumsum([(batch.nats, batch.size) for batch in batches], axis=0).T
+        values = list(nats / size / math.log(2))
     return [100 * (i + 1) / len(batches) for i in range(len(batches))], values
 
 
-def draw_ttt(runs: Sequence[Run]) -> Any:
-    """Running score, score by document length, and differences to the first run over the same batches."""
-    runs = [run for run in runs if run.ttt]
-    if not runs:
-        return None
-    pairs = [batch_differences(run, runs[0]) for run in runs]
-    several = any(pairs[1:])
-    figure, axes = new_figure(1, 3 if several else 2, (13 if several else 10, 4.2))
-    for (run, line, point), differences in zip(styled(runs), pairs, strict=True):
-        axes[0].plot(*running_score(run), **line, label=run.name)
+def draw_ttt(figure: Any, runs: Sequence[Run]) -> None:
+    """Running score, score by document length, and, over the same batches, the differences to the first run."""
+    differences = [list(batch_differences(run, runs[0]).values()) for run in runs[1:]]
+    running, by_length, *paired = figure.subplots(1, 3 if any(differences) else 2)
+    for run, line, point in styled(runs):
+        running.plot(*running_score(run), **line, label=run.name)
         if run.bpb_quantized:
-            axes[0].axhline(run.bpb_quantized, color=line["color"], linestyle=(0, (1, 3)), linewidth=1.4)
-        by_length = sorted(((batch.min_len + batch.max_len) / 2, batch.bpb) for batch in run.ttt.values())
-        lengths, scores = zip(*by_length, strict=True)
-        axes[1].plot(lengths, scores, **point, markersize=3.5, alpha=0.6)
-        axes[1].plot(lengths, smooth(scores, len(scores) // 8), **line)
-        if several and run is not runs[0]:
-            axes[2].plot(
-                *zip(*((length, 1000 * d) for length, d in differences.values()), strict=True), **point, markersize=4
-            )
-    order = "falls and rises with document length:\nthe longest come first, short ones score worse"
-    axes[0].set_title(f"running score: {order}", fontsize=10)
-    axes[0].set(xlabel="batches scored, %", ylabel="bits per byte")
-    axes[1].set_title("score of each batch by the length\nof its documents; line: smoothed", fontsize=10)
-    note = "dotted level: quantized, without TTT" + (
-        "; running score: one rank's" if any(b.size is None for r in runs for b in r.ttt.values()) else ""
-    )
-    figure.legend(
-        *axes[0].get_legend_handles_labels(),
-        loc="outside lower center",
-        title=note,
-        title_fontsize=9,
-        fontsize=9,
-        ncols=3,
-        frameon=False,
-    )
-    if several:
-        axes[2].axhline(0, color="black", linewidth=1)
-        axes[2].set_title(f"the same batches,\nminus {runs[0].name}", fontsize=10)
-        axes[2].set(ylabel="difference, mb")
-    for ax in axes[1:]:
+            running.axhline(run.bpb_quantized, color=line["color"], linestyle=(0, (1, 3)))
+        lengths, scores = np.array(sorted(((b.min_len + b.max_len) / 2, b.bpb) for b in run.ttt.values())).T
+        by_length.plot(lengths, scores, **point, markersize=3.5, alpha=0.6)
+        by_length.plot(lengths, smooth(scores, len(scores) // 8), **line)
+    running.set(xlabel="batches scored, %", ylabel="bits per byte")
+    order = "running score: the longest documents come first,\nso it rises at the end, where short ones score worse"
+    running.set_title(order, fontsize=9)
+    by_length.set_title("score of each batch by the length of its\ndocuments; line: smoothed", fontsize=9)
+    for ax in paired:
+        figure.set_size_inches(14, 4.2)
+        for points, (_, _, style) in zip(differences, itertools.islice(styled(runs), 1, None), strict=True):
+            lengths, difference = np.reshape(points, (-1, 2)).T
+            ax.plot(lengths, 1000 * difference, **style, markersize=4)
+        ax.axhline(0, color="black", linewidth=1)
+        ax.set_title(f"the same batches,\nminus {runs[0].name}", fontsize=9)
+        ax.set(ylabel="difference, mb")
+    for ax in (by_length, *paired):
         ax.set(xscale="log", xlabel="document length, tokens")
         plain_log_axis(ax.xaxis, (1, 3))
-    figure.suptitle("Test-time training")
-    return figure
+    one_rank = any(batch.size is None for run in runs for batch in run.ttt.values())
+    note = "dotted level: quantized, without TTT" + "; running score of one rank's batches" * one_rank
+    handles = running.get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", title=note, ncols=3, **LEGEND)
 
 
 def schedules(run: Run) -> dict[str, Any] | None:
     """Learning rate, momentum and loop over steps, and their events; None where settings or steps are missing.
 
-    Schedules follow the clock (training seconds over MAX_WALLCLOCK_SECONDS less the reserve), or the steps where there is
-    no budget, so a step is turned into a fraction by the log's own pairs of step and time. Momentum follows the step.
+    Schedules follow the clock (training seconds over MAX_WALLCLOCK_SECONDS less the reserve), or the steps where there
+    is no budget, so steps become fractions by the log's own pairs of step and time. Momentum follows the step.
     """
-    keys = ("warmdown_frac", "min_lr", "matrix_lr", "muon_momentum", "muon_momentum_warmup_start",
-            "muon_momentum_warmup_steps", "max_wallclock_seconds", "iterations")  # fmt: skip
-    knobs = {key: run.knob(key) for key in keys}
-    if None in knobs.values() or not run.steps or not run.clock:
+    names = ("warmdown_frac", "min_lr", "matrix_lr", "muon_momentum", "muon_momentum_warmup_start",
+             "muon_momentum_warmup_steps", "max_wallclock_seconds", "iterations")  # fmt: skip
+    knobs = [run.knob(name) for name in names]
+    if None in knobs or not run.steps or not run.clock:
         return None
+    warmdown, floor, rate, momentum, start, warmup, cap, iterations = knobs
     steps = np.arange(run.steps + 1)
     seconds = seconds_at(run, steps)
-    budget = knobs["max_wallclock_seconds"] - (run.knob("gptq_reserve_seconds") or 0)
-    fraction = seconds / budget if knobs["max_wallclock_seconds"] > 0 else steps / knobs["iterations"]
-    falling = np.maximum((1 - fraction) / max(knobs["warmdown_frac"], 1e-9), knobs["min_lr"])
-    multiplier = np.where(fraction < 1 - knobs["warmdown_frac"], 1.0, np.minimum(falling, 1.0))
-    warm = np.minimum(steps / max(knobs["muon_momentum_warmup_steps"], 1), 1)
-    start = knobs["muon_momentum_warmup_start"]
-    momentum = start + (knobs["muon_momentum"] - start) * warm
-    events = {
-        "warmdown starts": int(np.searchsorted(fraction, 1 - knobs["warmdown_frac"])),
-        "momentum at its plateau": int(knobs["muon_momentum_warmup_steps"]),
-        "loop on": run.loop_step,
-        "end": run.steps,
+    fraction = seconds / (cap - (run.knob("gptq_reserve_seconds") or 0)) if cap > 0 else steps / iterations
+    multiplier = np.where(fraction < 1 - warmdown, 1.0, np.maximum((1 - fraction) / max(warmdown, 1e-9), floor))
+    events = {"warmdown starts": int(np.searchsorted(fraction, 1 - warmdown)), "momentum at its plateau": int(warmup),
+              "loop on": run.loop_step, "end": run.steps}  # fmt: skip
+    events = {label: step for label, step in events.items() if step is not None and step <= run.steps}
+    series = {
+        "step": steps,
+        "seconds": seconds.round(3),
+        "lr_multiplier": multiplier.round(6),
+        "matrix_lr": (rate * multiplier).round(8),
+        "muon_momentum": (start + (momentum - start) * np.minimum(steps / max(warmup, 1), 1)).round(6),
+        "loop": (steps >= (run.steps + 1 if run.loop_step is None else run.loop_step)).astype(int),
     }
-    kept = sorted((step, label) for label, step in events.items() if step is not None and step <= run.steps)
-    return {
-        "run": run.name, "step": steps.tolist(), "seconds": seconds.round(3).tolist(), "lr_multiplier": multiplier.tolist(),
-        "matrix_lr": (knobs["matrix_lr"] * multiplier).tolist(), "muon_momentum": momentum.tolist(),
-        "loop": [int(run.loop_step is not None and step >= run.loop_step) for step in steps.tolist()],
-        "events": [{"event": label, "step": step, "seconds": round(float(seconds[step]), 1),
-                    "lr_multiplier": round(float(multiplier[step]), 4)} for step, label in kept],
-    }  # fmt: skip
+    rows = [
+        {"event": label} | {name: series[name][step].item() for name in ("step", "seconds", "lr_multiplier")}
+        for label, step in sorted(events.items(), key=lambda pair: pair[1])
+    ]
+    return {"run": run.name} | {name: values.tolist() for name, values in series.items()} | {"events": rows}
 
 
-def draw_schedules(runs: Sequence[Run]) -> Any:
-    """The four schedules of the first run that has them, above one another, with their events."""
-    series = next((found for run in runs if (found := schedules(run))), None)
-    if series is None:
-        return None
-    panels = (("lr_multiplier", "learning-rate\nmultiplier"), ("matrix_lr", "rate of the\nmatrices"),
-              ("muon_momentum", "Muon\nmomentum"), ("loop", "loop"))  # fmt: skip
-    figure, axes = new_figure(4, 1, (10, 6.5), sharex=True, height_ratios=(3, 3, 3, 1.3))
-    for ax, (key, label), (color, _, _) in zip(axes, panels, STYLES, strict=False):
-        ax.plot(
-            series["step"], series[key], color=color, linewidth=2, drawstyle="steps-post" if key == "loop" else None
-        )
+def draw_schedules(figure: Any, runs: Sequence[Run]) -> None:
+    """The four schedules of the first run above one another, with their events."""
+    series = schedules(runs[0])
+    labels = {"lr_multiplier": "learning-rate\nmultiplier", "matrix_lr": "rate of the\nmatrices",
+              "muon_momentum": "Muon\nmomentum", "loop": "loop"}  # fmt: skip
+    axes = figure.subplots(4, 1, sharex=True, height_ratios=(3, 3, 3, 1.3))
+    for ax, (name, label), color in zip(axes, labels.items(), COLORS, strict=False):
+        ax.plot(series["step"], series[name], color=color, drawstyle="steps-post" if name == "loop" else None)
         ax.set_ylabel(label)
         for event in series["events"]:
             ax.axvline(event["step"], color="#555555", linestyle="--", linewidth=1)
     axes[3].set(yticks=(0, 1), yticklabels=("off", "on"), ylim=(-0.2, 1.2), xlabel="step")
-    texts = []
-    for letter, side, event in zip("abcd", itertools.cycle(("right", "left")), series["events"], strict=False):
+    texts = [runs[0].name]
+    for letter, side, event in zip("abcd", ("right", "left") * 2, series["events"], strict=False):
         axes[0].text(event["step"], 1.03, f" {letter} ", ha=side, transform=axes[0].get_xaxis_transform())
-        texts.append(f"{letter}  {event['event']}: step {event['step']:,}, {event['seconds']:,.0f} s, "
-                     f"learning rate x {event['lr_multiplier']:.3f}")  # fmt: skip
-    figure.suptitle(f"Schedules of {series['run']}\n" + "\n".join(texts), fontsize=10)
-    return figure
+        where = f"step {event['step']:,}, {event['seconds']:,.0f} s, learning rate x {event['lr_multiplier']:.3f}"
+        texts.append(f"{letter}  {event['event']}: {where}")
+    axes[0].set_title("\n".join(texts), fontsize=9, pad=16)
 
 
-def draw_quantization(runs: Sequence[Run]) -> Any:
-    """Quantization error of every matrix over the layers, a line per kind, of the first run with artifact and checkpoint."""
-    run = next((run for run in runs if run.tensors), None)
-    if run is None:
-        return None
+def draw_quantization(figure: Any, runs: Sequence[Run]) -> None:
+    """Quantization error of every matrix of the first run over its layers, a line for each kind of matrix."""
     kinds: dict[str, dict[int, float]] = {}
-    for name, error in run.tensors.items():
-        layer, kind = (
-            re.fullmatch(r"blocks\.(\d+)\.(.+)\.weight", name).groups() if "blocks" in name else (-1, "embedding")
-        )
-        kinds.setdefault(kind, {})[int(layer)] = error
-    figure, (ax,) = new_figure(1, 1, (10, 4))
-    for (kind, errors_by_layer), (color, line, marker) in zip(
-        sorted(kinds.items()), itertools.cycle(STYLES), strict=False
-    ):
-        layers = sorted(errors_by_layer)
-        ax.plot(
-            layers, [100 * errors_by_layer[i] for i in layers], color=color, linestyle=line, marker=marker, label=kind
-        )
+    for name, error in runs[0].tensors.items():
+        layer, kind = re.match(r"(?:blocks\.(\d+)\.)?(.+)\.weight", name).groups()
+        kinds.setdefault(kind, {})[-1 if layer is None else int(layer)] = 100 * error
+    ax = figure.subplots()
+    for (kind, by_layer), line, point in styled(sorted(kinds.items())):
+        ax.plot(sorted(by_layer), [by_layer[i] for i in sorted(by_layer)], **point | line, label=kind)
     layers = sorted({layer for by_layer in kinds.values() for layer in by_layer})
-    ax.set_xticks(layers, ["emb." if layer < 0 else f"{layer}" for layer in layers])
-    ax.set(xlabel="layer", ylabel="|stored - float|, % of |float|")
-    legend(ax, ncols=2)
-    figure.suptitle(f"Quantization error by matrix ({run.name})")
-    return figure
+    ax.set_xticks(layers, ["embedding" if layer < 0 else f"{layer}" for layer in layers])
+    ax.set(xlabel="layer", ylabel="|stored - float|, % of |float|", title=runs[0].name)
+    ax.legend(ncols=2, **LEGEND)
 
 
 def size_parts(run: Run) -> dict[str, int]:
-    """Bytes of the code and of the artifact, the latter by kind of tensor where the file itself could be read."""
-    if not run.parts:
-        return {"artifact": run.artifact_bytes, "code": run.code_bytes or 0}
-    parts = {"embedding": 0, "MLP": 0, "attention": 0, "scales, gates, small tensors, header": 0}
+    """Bytes of the artifact, by kind of tensor where the file itself could be read, and of the code."""
+    kinds, rest = {"tok": "embedding", "mlp": "MLP", "att": "attention"}, "all else in the artifact"
+    parts = dict.fromkeys([*kinds.values(), rest], 0) if run.parts else {"artifact": run.artifact_bytes}
     for section, size in run.parts.items():
-        kind = {"tok": "embedding", "mlp": "MLP", "att": "attention"}.get(
-            section[:3], "scales, gates, small tensors, header"
-        )
-        parts[kind] += size
-    parts["scales, gates, small tensors, header"] += run.artifact_bytes - sum(parts.values())
+        parts[kinds.get(section[:3], rest)] += size
+    if run.parts:
+        parts[rest] += run.artifact_bytes - sum(run.parts.values())
     return parts | {"code": run.code_bytes or 0}
 
 
-def draw_sizes(runs: Sequence[Run]) -> Any:
+def draw_sizes(figure: Any, runs: Sequence[Run]) -> None:
     """Bytes of every submission by part, the limit as a line where it is in sight."""
-    runs = [run for run in runs if run.total_bytes and run.artifact_bytes]
-    if not runs:
-        return None
-    figure, (ax,) = new_figure(1, 1, (10, 2 + 0.6 * len(runs)))
-    ax.grid(False)
-    names = list(
-        dict.fromkeys(name for run in sorted(runs, key=lambda run: -len(run.parts)) for name in size_parts(run))
-    )
-    hatches = ("", "//", "..", "xx", "\\\\", "++")
-    left = np.zeros(len(runs))
-    for name, (color, _, _), hatch in zip(names, STYLES, hatches, strict=False):
+    ax, left, places = figure.subplots(), np.zeros(len(runs)), range(len(runs))
+    figure.set_size_inches(10, 2 + 0.6 * len(runs))
+    names = dict.fromkeys(name for run in runs for name in [*size_parts(run)][:-1]) | {"code": None}
+    for name, color, hatch in zip(names, COLORS, HATCHES, strict=False):
         sizes = np.array([size_parts(run).get(name, 0) / 1e6 for run in runs])
-        ax.barh(range(len(runs)), sizes, left=left, height=0.6, color=color, hatch=hatch, edgecolor="black", linewidth=0.6,
-                label=name)  # fmt: skip
+        look = {"color": color, "hatch": hatch, "edgecolor": "black", "linewidth": 0.6}
+        ax.barh(places, sizes, left=left, height=0.6, label=name, **look)
         left += sizes
-    for row, run in enumerate(runs):
-        ax.text(run.total_bytes / 1e6, row, f"  {run.total_bytes:,}", va="center", fontsize=9)
-    largest = max(run.total_bytes for run in runs)
-    in_sight = largest > SIZE_LIMIT / 4
+    for place, run in zip(places, runs, strict=True):
+        ax.text(run.total_bytes / 1e6, place, f"  {run.total_bytes:,}", va="center", fontsize=9)
+    in_sight = bool(max(left) > SIZE_LIMIT / 4e6)
     if in_sight:
         ax.axvline(SIZE_LIMIT / 1e6, color="black", linestyle="--", linewidth=1.2)
-    ax.set_yticks(range(len(runs)), [run.name for run in runs])
-    ax.set(xlabel="MB" + (", dashed: the limit" if in_sight else ""), xlim=(0, 1.16e-6 * largest))
+    ax.set_yticks(places, [run.name for run in runs])
+    ax.set(xlabel="MB" + ", dashed: the limit" * in_sight, xlim=(0, 1.16 * max(left)))
     ax.invert_yaxis()
-    figure.legend(loc="outside lower center", ncols=5, frameon=False, fontsize=9)
-    figure.suptitle("Bytes of the submission by part")
-    return figure
+    figure.legend(loc="outside lower center", ncols=5, **LEGEND)
 
 
-PICTURES: dict[str, Callable[[Sequence[Run]], Any]] = {
-    "loss": draw_loss,
-    "schedules": draw_schedules,
-    "speed": draw_speed,
-    "ttt": draw_ttt,
-    "quantization": draw_quantization,
-    "size": draw_sizes,
+PICTURES = {
+    "loss": Picture("Loss over steps and over time", lambda run: run.loss, draw_loss),
+    "schedules": Picture("Schedules", schedules, draw_schedules, (10, 7)),
+    "speed": Picture("Throughput between logged steps", Run.intervals, draw_speed),
+    "ttt": Picture("Test-time training", lambda run: run.ttt, draw_ttt, (10, 4.5)),
+    "quantization": Picture("Quantization error by matrix", lambda run: run.tensors, draw_quantization),
+    "size": Picture("Bytes of the submission by part", lambda run: run.total_bytes and run.artifact_bytes, draw_sizes),
 }
 
 
 def pictures(runs: Sequence[Run]) -> dict[str, bytes]:
-    """Name -> PNG, of those pictures for which the logs hold figures."""
+    """Name -> PNG, of those pictures for which a run has figures."""
+    from matplotlib.figure import Figure  # here, so that tables work where it is not installed
+
     drawn = {}
-    for name, draw in PICTURES.items():
-        if figure := draw(runs):
-            buffer = io.BytesIO()
-            figure.savefig(buffer, dpi=110)
-            drawn[name] = buffer.getvalue()
+    for name, picture in PICTURES.items():
+        if chosen := [run for run in runs if picture.there(run)]:
+            figure, file = Figure(figsize=picture.size, layout="constrained"), io.BytesIO()
+            picture.draw(figure, chosen)
+            figure.suptitle(picture.title)
+            for ax in figure.axes:
+                ax.spines[["top", "right"]].set_visible(False)
+                ax.grid(color="#DDDDDD", linewidth=0.6, zorder=0)
+                ax.set_axisbelow(True)
+            figure.savefig(file, dpi=110)
+            drawn[name] = file.getvalue()
     return drawn
 
 
 def write_pictures(runs: Sequence[Run], folder: Path) -> list[Path]:
-    """The pictures, and the schedules as JSON, in `folder`."""
+    """The pictures, and the schedules as JSON, in `folder`, which is made if need be."""
     folder.mkdir(parents=True, exist_ok=True)
-    paths = []
-    for name, png in pictures(runs).items():
-        paths.append(folder / f"{name}.png")
-        paths[-1].write_bytes(png)
-    if "schedules" in (path.stem for path in paths):
-        series = [found for run in runs if (found := schedules(run))]
-        paths.append(folder / "schedules.json")
-        paths[-1].write_text(json.dumps(series))
-    return paths
+    files = {f"{name}.png": png for name, png in pictures(runs).items()}
+    if series := [found for run in runs if (found := schedules(run))]:
+        files["schedules.json"] = json.dumps(series).encode()
+    for name, data in files.items():
+        (folder / name).write_bytes(data)
+    return [folder / name for name in files]
 
 
 # ---- Page ------------------------------------------------------------------------------------------------------------
@@ -1453,7 +1336,8 @@ def write_pictures(runs: Sequence[Run], folder: Path) -> list[Path]:
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{title}</title><style>
-:root {{ color-scheme: light dark; --line: #d0d0d0; --back: #ffffff; --text: #1a1a1a; --head: #f2f2f2; --bad: #b00020; }}
+:root {{ color-scheme: light dark;
+  --line: #d0d0d0; --back: #ffffff; --text: #1a1a1a; --head: #f2f2f2; --bad: #b00020; }}
 @media (prefers-color-scheme: dark) {{
   :root {{ --line: #444; --back: #16181c; --text: #e4e4e4; --head: #23262c; --bad: #ff8a80; }} }}
 body {{ margin: 0 auto; max-width: 75rem; padding: 1rem; font: 15px/1.5 system-ui, sans-serif; background: var(--back);
@@ -1503,34 +1387,25 @@ def page(runs: Sequence[Run], tables: Sequence[Table]) -> str:
 
 
 def as_data(runs: Sequence[Run], tables: Sequence[Table]) -> dict[str, Any]:
-    """The runs' figures under the headings of the tables, and the tables of a comparison, for programs."""
-    named = {"seed": "seed", "steps": "steps", "iterations": "iterations", "state": "state"}
-    names = [name for name, value in vars(Run("", Path(), Path(), Path())).items() if value is None]
-    rows = [
-        {"run": run.name, **{name: getattr(run, name) for name in (*named, *names)},
-         "tokens_per_second_before_loop": run.rate(looped=False), "tokens_per_second_after_loop": run.rate(looped=True),
-         "step_ms_before_loop": run.step_ms(looped=False), "step_ms_after_loop": run.step_ms(looped=True),
-         "bytes_per_token": run.bytes_per_token, "errors": errors(run), "remarks": remarks(run),
-         "refusals": run.refusals, "settings": run.hyper}
-        for run in runs
-    ]  # fmt: skip
-    return {"runs": rows, "tables": [{"title": t.title, "rows": t.rows, "note": t.note} for t in tables]}
+    """Figures, settings and findings of the runs, and the tables as printed, for programs."""
+    plain = (int, float, str, bool, type(None))
+    rows = []
+    for run in runs:
+        row = {name: value for name, value in vars(run).items() if isinstance(value, plain)}
+        row |= {"state": run.state, "bytes_per_token": run.bytes_per_token, "stages": run.stages, "settings": run.hyper}
+        for part, looped in (("before_loop", False), ("after_loop", True)):
+            row |= {f"step_ms_{part}": run.step_ms(looped), f"tokens_per_second_{part}": run.rate(looped)}
+        rows.append(row | {"errors": errors(run), "remarks": remarks(run), "refusals": run.refusals})
+    return {"runs": rows, "tables": [table._asdict() for table in tables]}
 
 
 # ---- Records ---------------------------------------------------------------------------------------------------------
 
 TRACK = "10min_16mb"
+HERE = Path(__file__).resolve().parent
 CODE_FILES = ("lossless_caps.py", "prepare_caseops_data.py", "requirements.txt", "requirements-gpu.txt")
-PATH_KNOBS = {
-    "RUN_DIR",
-    "RUN_ID",
-    "ARTIFACT_DIR",
-    "DATA_DIR",
-    "DATA_PATH",
-    "TOKENIZER_PATH",
-    "EVAL_ONLY_ARTIFACT",
-    "EVAL_ONLY_CHECKPOINT",
-}
+PATH_KNOBS = {"DATA_DIR", "DATA_PATH", "TOKENIZER_PATH", "EVAL_ONLY_ARTIFACT", "EVAL_ONLY_CHECKPOINT"}
+RUN_NAMES = {"SEED", "RUN_DIR", "RUN_ID", "ARTIFACT_DIR"}  # settings that every run has to itself
 # An absolute path, of which the last part stays; addresses and relative paths do not match.
 ABSOLUTE_PATH = re.compile(r"(?<![\w.:/~-])/(?:[\w.@+~-]+/)+(?=[\w.@+*~-])|[A-Z]:\\(?:[\w .@+~-]+\\)+")
 SOURCE = re.compile(r"(?<=^={100}\n)(?!Hyperparameters:)(.+?)\n(?==={99}\nHyperparameters:$)", re.S | re.M)
@@ -1542,46 +1417,44 @@ def scrub(text: str) -> str:
 
 
 def embedded_source(run: Run) -> str | None:
-    """The program as the log of the run holds it."""
-    found = SOURCE.findall("\n".join(lines_of(run.log)))
-    return next((text for text in found if text.startswith('"""')), None)
+    """The program as the log of the run holds it; a resumed log says only `as above` the second time."""
+    return next((text for text in SOURCE.findall("\n".join(lines_of(run.log))) if "\n" in text), None)
 
 
-def knobs_of(run: Run) -> dict[str, str]:
-    """What a command must set to repeat the run, besides its seed."""
-    kept = {
-        name: value
-        for name, value in (run.changed or {}).items()
-        if name not in ("SEED", "RUN_DIR", "RUN_ID", "ARTIFACT_DIR")
-    }
-    return {name: scrub(value).replace("True", "1").replace("False", "0") for name, value in kept.items()}
+def knobs_of(run: Run, but: set[str]) -> str:
+    """The settings that a command must give to repeat the run, as it would give them."""
+    kept = {name: scrub(value) for name, value in (run.changed or {}).items() if name not in but}
+    return " ".join(f"{name}={shlex.quote({'True': '1', 'False': '0'}.get(v, v))}" for name, v in kept.items())
 
 
 def run_command(run: Run) -> str:
     """The line that repeats the run."""
-    settings = " ".join(
-        f"{name}={shlex.quote(value)}" for name, value in {"SEED": f"{run.seed}", **knobs_of(run)}.items()
-    )
     start = "python" if (run.world or 1) == 1 else f"torchrun --standalone --nproc_per_node={run.world}"
-    return f"{settings} {start} train_gpt.py"
+    return " ".join(filter(None, (f"SEED={run.seed}", knobs_of(run, RUN_NAMES), start, "train_gpt.py")))
 
 
 def record_troubles(runs: Sequence[Run]) -> list[str]:
     """Everything that keeps these runs from being a record."""
-    said = [f"{run.name}: {run.state if run.started_at_all else 'did not start'}" for run in runs
-            if not run.complete or run.ends_quantized]  # fmt: skip
-    said += [f"{run.name}: {error}" for run in runs for error in errors(run)]
-    said += [f"{run.name}: the log does not say {what}" for run in runs for what, there in
-             (("its seed", run.seed is not None), ("its changed knobs", run.changed is not None),
-              ("its size", run.total_bytes), ("its training time", run.train_seconds)) if not there]  # fmt: skip
+    said = []
+    for run in runs:
+        facts = {
+            "seed": run.seed,
+            "changed knobs": run.changed,
+            "size": run.total_bytes,
+            "training time": run.train_seconds,
+        }
+        missing = [what for what, value in facts.items() if value is None]
+        if run.bpb_ttt is None:
+            said.append(f"{run.name}: no score after TTT ({run.state})")
+        elif missing:
+            said.append(f"{run.name}: the log does not say its {', '.join(missing)}")
+        said += [f"{run.name}: {error}" for error in errors(run)]
     if len({run.seed for run in runs}) < len(runs):
         said.append(f"seeds repeat: {', '.join(str(run.seed) for run in runs)}")
     if len(runs) > 1 and (trouble := no_common_mean(runs)):
         said.append(trouble)
-    if len({run.source_bytes for run in runs}) > 1:
-        said.append(
-            f"different programs: {', '.join(f'{run.source_bytes:,} bytes' for run in runs if run.source_bytes)}"
-        )
+    if len(programs := {run.source_bytes for run in runs}) > 1:
+        said.append(f"different programs, of {' and '.join(f'{size or 0:,}' for size in programs)} bytes")
     return said
 
 
@@ -1595,49 +1468,60 @@ def mean_and_sd(runs: Sequence[Run], name: str) -> tuple[float | None, float | N
 
 def submission(runs: Sequence[Run], name: str, author: str = "", github: str = "") -> dict[str, Any]:
     """submission.json, every figure from the logs. artifact_bytes is what the limit counts: artifact and code."""
-    bpb, bpb_sd = mean_and_sd(runs, "bpb_ttt")
-    loss, loss_sd = mean_and_sd(runs, "loss_ttt")
-    mean = lambda figure: mean_and_sd(runs, figure)[0]
-    first = runs[0]
-    knobs = " ".join(f"{k}={v}" for k, v in knobs_of(first).items() if k not in PATH_KNOBS)
-    dates = sorted(run.started[:10] for run in runs if run.started)
-    return {
-        "author": author, "github_id": github, "name": name,
-        "blurb": f"{len(runs)} seed{'s' * (len(runs) > 1)}; settings besides the defaults: {knobs or 'none'}",
-        "date": dates[-1] if dates else None, "track": TRACK,
-        "val_loss": loss, "val_bpb": bpb, "val_loss_std": loss_sd, "val_bpb_std": bpb_sd,
-        "seeds": [run.seed for run in runs],
-        "seed_results": {str(run.seed): {"val_loss": run.loss_ttt, "val_bpb": run.bpb_ttt, "artifact_bytes": run.total_bytes,
-                                         "steps": run.steps} for run in runs},
-        "artifact_bytes_mean": mean("total_bytes"), "train_time_s_mean": mean("train_seconds"),
-        "eval_time_s_mean": mean("ttt_seconds"),
-        "hardware": f"{first.world} x {first.device}" if first.device else None,
-        "reproducibility_notes": f"commit {first.commit or 'unknown'}; validation set of {first.val_targets:,} tokens"
-        + (f", sha256 {first.val_sha256}" if first.val_sha256 else ""),
+    (bpb, bpb_sd), (loss, loss_sd) = mean_and_sd(runs, "bpb_ttt"), mean_and_sd(runs, "loss_ttt")
+    first, seeds = runs[0], len(runs)
+    knobs = knobs_of(first, RUN_NAMES | PATH_KNOBS) or "none"
+    results = {
+        str(run.seed): {"val_loss": run.loss_ttt, "val_bpb": run.bpb_ttt, "artifact_bytes": run.total_bytes,
+                        "steps": run.steps} for run in runs
     }  # fmt: skip
+    return {
+        "author": author,
+        "github_id": github,
+        "name": name,
+        "blurb": f"{seeds} seed{'s' * (seeds > 1)}; settings besides the defaults: {knobs}",
+        "date": max((run.started[:10] for run in runs if run.started), default=None),
+        "track": TRACK,
+        "val_loss": loss,
+        "val_bpb": bpb,
+        "val_loss_std": loss_sd,
+        "val_bpb_std": bpb_sd,
+        "seeds": [run.seed for run in runs],
+        "seed_results": results,
+        "artifact_bytes_mean": mean_and_sd(runs, "total_bytes")[0],
+        "train_time_s_mean": mean_and_sd(runs, "train_seconds")[0],
+        "eval_time_s_mean": mean_and_sd(runs, "ttt_seconds")[0],
+        "hardware": f"{first.world} x {first.device}" if first.device else None,
+        "reproducibility_notes": f"commit {first.commit or 'unknown'}; {validation_set(first)}",
+    }
+
+
+def validation_set(run: Run) -> str:
+    """What the log says about the validation set."""
+    counts = ((run.val_targets, "tokens"), (run.val_bytes, "bytes"), (run.val_documents, "documents"))
+    known = [f"{count:,} {what}" for count, what in counts if count]
+    return f"validation set of {', '.join(known)}" + (f", sha256 {run.val_sha256}" if run.val_sha256 else "")
 
 
 def record_readme(runs: Sequence[Run], name: str, result: dict[str, Any]) -> str:
     """The README of a record folder."""
     sd = "" if result["val_bpb_std"] is None else f", standard deviation {result['val_bpb_std']:.5f}"
-    seeds = f"{len(runs)} seeds" if len(runs) > 1 else f"seed {runs[0].seed}"
-    first = runs[0]
-    data = f"{first.val_targets:,} tokens" + (f", {first.val_bytes:,} bytes" if first.val_bytes else "")
-    data += f", {first.val_documents:,} documents" if first.val_documents else ""
+    seeds = f"mean of {len(runs)} seeds{sd}" if len(runs) > 1 else f"seed {runs[0].seed}"
+    tables = "\n\n".join(map(markdown, run_tables(runs)))
     commands = "\n".join(map(run_command, runs))
     return f"""# {name}
 
-**{result["val_bpb"]:.5f} bits per byte** after test-time training: mean of {seeds}{sd}, on {result["hardware"]}.
+**{result["val_bpb"]:.5f} bits per byte** after test-time training, {seeds}, on {result["hardware"]},
+{validation_set(runs[0])}.
 Written by `read_logs.py --record` from the logs beside it; `read_logs.py --check` compares the two again.
 
-{chr(10).join(markdown(table) + chr(10) for table in run_tables(runs))}
+{tables}
+
 ### Commands
 
 ```sh
 {commands}
 ```
-
-Validation set: {data}{f", sha256 `{first.val_sha256}`" if first.val_sha256 else ""}.
 """
 
 
@@ -1650,27 +1534,29 @@ def write_record(runs: Sequence[Run], folder: Path, name: str, author: str, gith
         raise LogError(f"{folder} is not empty: give a new folder")
     if troubles := record_troubles(runs):
         raise LogError("these runs are no record:" + "".join(f"\n  - {trouble}" for trouble in troubles))
-    here = Path(__file__).resolve().parent
-    source = embedded_source(runs[0]) or (here / "train_gpt.py").read_text(encoding="utf-8")
-    if runs[0].source_bytes and len(source.encode()) != runs[0].source_bytes:
-        raise LogError(f"the program here has {len(source.encode()):,} bytes, the one that ran {runs[0].source_bytes:,}: "
-                       "check out its commit")  # fmt: skip
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "train_gpt.py").write_text(source, encoding="utf-8")
-    for file in CODE_FILES:
-        (folder / file).write_text((here / file).read_text(encoding="utf-8"), encoding="utf-8")
+    source = embedded_source(runs[0]) or (HERE / "train_gpt.py").read_text(encoding="utf-8")
+    size, ran = len(source.encode()), runs[0].source_bytes
+    if ran and size != ran:
+        raise LogError(f"the program here has {size:,} bytes, the one that ran {ran:,}: check out its commit")
+    files = {"train_gpt.py": source} | {name: (HERE / name).read_text(encoding="utf-8") for name in CODE_FILES}
     for run in runs:
-        text = SOURCE.sub("(source: train_gpt.py)\n", "\n".join(lines_of(run.log)) + "\n")
-        (folder / f"log_seed{run.seed}.txt").write_text(scrub(text), encoding="utf-8")
-        for path, kind, suffix in ((run.metrics, "metrics", "jsonl"), (run.info, "run", "json")):
+        log = SOURCE.sub("(source: train_gpt.py)\n", "\n".join(lines_of(run.log)) + "\n")
+        files[f"log_seed{run.seed}.txt"] = scrub(log)
+        for path, file in ((run.metrics, f"metrics_seed{run.seed}.jsonl"), (run.info, f"run_seed{run.seed}.json")):
             if path.is_file():
-                (folder / f"{kind}_seed{run.seed}.{suffix}").write_text(
-                    scrub(path.read_text(encoding="utf-8")), encoding="utf-8"
-                )
-    copies = read_runs(folder)
+                files[file] = scrub(path.read_text(encoding="utf-8"))
+    write_files(folder, files)
+    copies = read_runs(folder)  # figures come from what a reader will find
     result = submission(copies, name, author, github)
-    (folder / "submission.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    (folder / "README.md").write_text(record_readme(copies, name, result), encoding="utf-8")
+    readme = record_readme(copies, name, result)
+    write_files(folder, {"submission.json": json.dumps(result, indent=2) + "\n", "README.md": readme})
+
+
+def write_files(folder: Path, files: dict[str, str]) -> None:
+    """Name -> text, into a folder that is made if need be."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in files.items():
+        (folder / name).write_text(text, encoding="utf-8")
 
 
 FIGURE = re.compile(r"(?<![\w.,/-])(?:\d+\.\d{4,}|\d{1,3}(?:,\d{3})+|\d{6,})(?![\w.,]*\d|\w)")
@@ -1678,114 +1564,107 @@ FIGURE = re.compile(r"(?<![\w.,/-])(?:\d+\.\d{4,}|\d{1,3}(?:,\d{3})+|\d{6,})(?![
 
 def known_figures(runs: Sequence[Run]) -> dict[str, float]:
     """Every figure that a text about these runs may state, with its name."""
-    known: dict[str, float] = {}
-    columns = [column for column in (*SCORES, *SPEED, *SIZES) if column.spec]
-    names = ["loss_float", "loss_quantized", "loss_ttt", "bytes_per_token", "source_bytes", "weights_bytes", "model_params",
-             "val_targets", "val_bytes", "val_documents", "train_seconds", "ttt_seconds"]  # fmt: skip
-    for label, of, some in (
-        ("mean", statistics.fmean, runs),
-        ("sd", statistics.stdev, runs),
-        *((r.name, max, [r]) for r in runs),
-    ):
-        figures = {column.heading: [column.figure(run) for run in some] for column in columns}
-        figures |= {name: [getattr(run, name) for run in some] for name in names}
-        for name, values in figures.items():
-            if None not in values and (of is not statistics.stdev or len(values) > 1):
-                known[f"{name}, {label}"] = of(values)
+    known: dict[str, float] = {"size limit": SIZE_LIMIT}
+    figures = {column.heading: column.figure for column in (*SCORES, *SPEED, *SIZES) if column.spec}
+    figures |= {name: lambda run, name=name: getattr(run, name) for name in vars(runs[0])}
+    figures["bytes per token"] = lambda run: run.bytes_per_token
+    for name, figure in figures.items():
+        values = {run.name: value for run in runs if isinstance(value := figure(run), int | float)}
+        known |= {f"{name}, {run}": value for run, value in values.items()}
+        if len(values) == len(runs) > 1:
+            mean, deviation = statistics.fmean(values.values()), statistics.stdev(values.values())
+            known |= {f"{name}, mean": mean, f"{name}, sd": deviation}
     for run in runs:
         known |= {f"loss at step {step}, {run.name}": loss for step, loss in run.loss.items()}
-        known |= {
-            f"validation at step {step}, {run.name}": value for step, pair in run.validations.items() for value in pair
-        }
+        for step, (loss, bpb) in run.validations.items():
+            known |= {f"val_loss at step {step}, {run.name}": loss, f"val_bpb at step {step}, {run.name}": bpb}
         known |= {f"{name.upper()}, {run.name}": value for name in run.hyper if (value := run.knob(name)) is not None}
-    return known | {"size limit": SIZE_LIMIT}
+    return known
+
+
+def decimals(text: str) -> int:
+    return len(text.partition(".")[2])
 
 
 def text_disagreements(name: str, text: str, known: dict[str, float]) -> Iterator[str]:
-    """Scores (four decimals and more) and large numbers of a text which no log gives, each with the nearest that one does."""
+    """Scores (four decimals and more) and large numbers of a text that no log gives."""
     for number, line in enumerate(text.splitlines(), 1):
         for figure in FIGURE.findall(line):
             value = float(figure.replace(",", ""))
-            half = 0.5001 * 10.0 ** -len(figure.partition(".")[2]) if "." in figure else 0.5
-            label = min(known, key=lambda name, value=value: abs(known[name] - value))
-            if abs(known[label] - value) > half:
-                yield f"{name}:{number}: {figure} is in no log; nearest is {known[label]:.10g} ({label})"
+            nearest = min(known, key=lambda label, value=value: abs(known[label] - value))
+            off = abs(known[nearest] - value)
+            if off > 0.5001 * 10.0 ** -decimals(figure):
+                hint = f"; {known[nearest]:.10g} is {nearest}" if off < 0.02 * value else ""
+                yield f"{name}:{number}: {figure} is in no log here{hint}"
 
 
-def json_disagreements(
-    stated: dict[str, Any], computed: dict[str, Any], where: str = "submission.json"
-) -> Iterator[str]:
-    """Fields of a submission that differ from those which the logs give, at the precision with which they are stated."""
+def json_disagreements(stated: dict[str, Any], computed: dict[str, Any], where: str) -> Iterator[str]:
+    """Fields that differ from what the logs give, at the precision with which they are stated."""
     for key, value in computed.items():
         said = stated.get(key)
         if isinstance(value, dict) and isinstance(said, dict):
             yield from json_disagreements(said, value, f"{where}: {key}")
-        elif isinstance(value, list) and isinstance(said, list) and sorted(map(str, said)) != sorted(map(str, value)):
-            yield f"{where}: {key} says {said}, the logs give {value}"
+            continue
+        agree = said == value
+        if isinstance(value, list) and isinstance(said, list):
+            agree = sorted(map(str, said)) == sorted(map(str, value))
         elif isinstance(value, int | float) and isinstance(said, int | float):
-            digits = len(repr(said).partition(".")[2]) if "e" not in repr(said) else 12
-            if abs(said - value) > 0.5001 * 10.0**-digits:
-                yield f"{where}: {key} says {said}, the logs give {value:.10g}"
+            agree = abs(said - value) <= 0.5001 * 10.0 ** -decimals(f"{said:.12f}".rstrip("0"))
+        if key in stated and value is not None and not agree:
+            yield f"{where}: {key} says {said}, the logs give {value}"
+
+
+def submission_disagreements(path: Path, complete: Sequence[Run]) -> Iterator[str]:
+    """What submission.json says beside what the logs give. Names, dates and notes are the author's."""
+    try:
+        stated = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise LogError(f"{path} is not JSON: {error}") from None
+    computed = submission(complete, "") if complete else {"seed_results": {}}
+    measured = ("val_", "seed", "artifact_bytes", "train_time", "eval_time")
+    figures = {key: value for key, value in computed.items() if key.startswith(measured)}
+    yield from json_disagreements(stated, figures, path.name)
+    for seed in stated.get("seed_results", {}).keys() - computed["seed_results"].keys():
+        yield f"{path.name}: seed {seed} has no complete log here"
 
 
 def check_record(folder: Path) -> list[str]:
-    """Every figure of README.md and submission.json that the logs of the folder do not give, and what else is wrong."""
-    if not folder.is_dir():
-        raise LogError(f"{folder} is no folder: give a record folder")
-    runs = [run for run in map(file_run, log_files(folder)) if run.started_at_all]
+    """Every figure of README.md and submission.json that the logs beside them do not give, and other faults."""
+    runs = [run for run in map(file_run, log_files(folder)) if run.began]
     if not runs:
-        raise LogError(f"{folder} holds no log (log_*.txt): nothing to check against")
-    complete = [run for run in runs if run.bpb_ttt is not None]
-    said = [f"{run.log.name}: {error}" for run in runs for error in errors(run)]
-    said += [f"{run.log.name}: {run.state}" for run in runs if not run.complete] + copied_logs(runs)
-    path = folder / "submission.json"
-    if path.is_file() and complete:
-        try:
-            stated = json.loads(path.read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
-            raise LogError(f"{path} is not JSON: {error}") from None
-        computed = submission(complete, "")
-        measured = ("val_", "seed", "artifact_bytes", "train_time", "eval_time")
-        said += json_disagreements(stated, {key: value for key, value in computed.items() if key.startswith(measured)})
-        said += [f"submission.json: seed {seed} has no complete log" for seed in stated.get("seed_results", {})
-                 if seed not in computed["seed_results"]]  # fmt: skip
-    readme = folder / "README.md"
-    if readme.is_file():
-        said += text_disagreements("README.md", readme.read_text(encoding="utf-8"), known_figures(runs))
-    return said + program_disagreements(folder, runs)
-
-
-def program_disagreements(folder: Path, runs: Sequence[Run]) -> list[str]:
-    """The program of the folder against what the logs say ran, and absolute paths that tell of a machine."""
-    said, program = [], folder / "train_gpt.py"
+        raise LogError(f"{folder} is no folder with logs (log_*.txt): nothing to check against")
+    said = [f"{run.log.name}: {error}" for run in runs for error in errors(run)] + copied_logs(runs)
+    said += [f"{run.log.name}: {run.state}" for run in runs if not run.complete]
+    if (path := folder / "submission.json").is_file():
+        said += submission_disagreements(path, [run for run in runs if run.bpb_ttt is not None])
+    if (path := folder / "README.md").is_file():
+        said += text_disagreements(path.name, path.read_text(encoding="utf-8"), known_figures(runs))
     sizes = {run.source_bytes for run in runs if run.source_bytes}
-    if program.is_file() and sizes and program.stat().st_size not in sizes:
-        said.append(
-            f"train_gpt.py has {program.stat().st_size:,} bytes, {', '.join(f'{n:,}' for n in sorted(sizes))} ran"
-        )
+    if sizes and (path := folder / "train_gpt.py").is_file() and path.stat().st_size not in sizes:
+        said.append(f"train_gpt.py has {path.stat().st_size:,} bytes, {', '.join(f'{n:,}' for n in sizes)} ran")
     for run in runs:
-        if found := next((match[0] for line in lines_of(run.log) if (match := ABSOLUTE_PATH.search(line))), None):
-            said.append(f"{run.log.name}: holds an absolute path ({found}...)")
+        if found := next(filter(None, map(ABSOLUTE_PATH.search, lines_of(run.log))), None):
+            said.append(f"{run.log.name}: holds an absolute path ({found[0]}...)")
     return said
 
 
 # ---- Ledger ----------------------------------------------------------------------------------------------------------
 
+LEDGER = """# Experiments
 
-def last_score(run: Run) -> tuple[str, float] | None:
-    """The last stage with a score, and its field's value."""
-    return next(
-        ((label, value) for label, stage in reversed(STAGES) if (value := getattr(run, f"bpb_{stage}")) is not None),
-        None,
-    )
+One row per run, derived from its logs by `make records`; never typed. What was learned is in LOG.md.
+
+{table}
+"""
 
 
 def against(run: Run, earlier: Sequence[Run]) -> str:
-    """The difference to the first earlier run of as many steps on the same validation text, in the last common stage."""
+    """The difference to the first earlier run of as many steps on the same text, in the last stage that both reached."""
     for number, other in enumerate(earlier, 1):
         if run.steps == other.steps and validation_mismatch(run, other) is None:
             for label, stage in reversed(STAGES):
-                if difference := difference_mb(getattr(run, f"bpb_{stage}"), getattr(other, f"bpb_{stage}")):
+                difference = difference_mb(getattr(run, f"bpb_{stage}"), getattr(other, f"bpb_{stage}"))
+                if difference is not None:
                     return f"{difference:+.1f} mb to {number} ({label})"
     return "-"
 
@@ -1796,35 +1675,25 @@ def run_date(run: Run) -> str:
     return dated[0] if dated else "-"
 
 
+LEDGER_COLUMNS = (
+    Column("date", run_date, ""),
+    Column("run", lambda run: run.name, ""),
+    Column("hardware", lambda run: f"{run.world or '?'} x {run.device}" if run.device else None, ""),
+    Column("commit", lambda run: run.commit[:8] if run.commit not in (None, "unknown") else None, ""),
+    Column("changed", lambda run: knobs_of(run, RUN_NAMES | PATH_KNOBS) or None, ""),
+    *SCORES[1:6],
+    SIZES[3],
+    Column("state", lambda run: "; ".join([run.state, *(f"ERROR: {said}" for said in errors(run))]), ""),
+)
+
+
 def ledger(runs: Sequence[Run]) -> str:
     """The experiments as Markdown, oldest first: one row per run, derived from the logs alone."""
-    runs = sorted((run for run in runs if run.started_at_all), key=lambda run: (run_date(run), run.name))
-    heading = [
-        "no.",
-        "date",
-        "run",
-        "hardware",
-        "commit",
-        "changed",
-        "steps",
-        "float",
-        "quantized",
-        "after TTT",
-        "bytes",
-        "against",
-        "state",
-    ]
-    rows = []
+    runs = sorted((run for run in runs if run.began), key=lambda run: (run_date(run), run.name))
+    rows = [["no.", *(column.heading for column in LEDGER_COLUMNS), "against"]]
     for number, run in enumerate(runs, 1):
-        changed = " ".join(f"{k}={v}" for k, v in knobs_of(run).items() if k not in PATH_KNOBS)
-        hardware = f"{run.world or '?'} x {run.device}" if run.device else "-"
-        commit = "-" if run.commit in (None, "unknown") else run.commit[:8]
-        scores = [cell(getattr(run, f"bpb_{stage}"), ".5f") for _, stage in STAGES]
-        state = "; ".join(["complete" if run.complete else run.state, *(f"ERROR {said}" for said in errors(run))])
-        rows.append([f"{number}", run_date(run), run.name, hardware, commit, changed or "-", cell(run.steps, ",d"), *scores,
-                     cell(run.total_bytes, ",d"), against(run, runs[: number - 1]), state])  # fmt: skip
-    intro = "# Experiments\n\nOne row per run, derived from its logs by `make records`; never typed. What was learned is in LOG.md.\n\n"
-    return intro + markdown(Table("", [heading, *rows])) + "\n"
+        rows.append([f"{number}", *cells(run, LEDGER_COLUMNS), against(run, runs[: number - 1])])
+    return LEDGER.format(table=markdown(Table("", rows)))
 
 
 # ---- Command line ----------------------------------------------------------------------------------------------------
@@ -1832,9 +1701,7 @@ def ledger(runs: Sequence[Run]) -> str:
 
 def options_of(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line; exits 2 with a sentence where its parts do not go together."""
-    parser = argparse.ArgumentParser(
-        prog="read_logs.py", description="Tables, comparisons, pictures and records from run logs."
-    )
+    parser = argparse.ArgumentParser(prog="read_logs.py", description="Tables, pictures and records from run logs.")
     add = parser.add_argument
     add("paths", nargs="*", type=Path, metavar="LOG", help="run folder, record folder, folder of such, or log")
     add("--against", nargs="+", type=Path, metavar="LOG", help="compare the first runs with these")
@@ -1853,6 +1720,9 @@ def options_of(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error("give run folders or logs, or --check with a record folder")
     if bool(options.record) != bool(options.name):
         parser.error("--record needs --name, and --name is only for --record")
+    for path in (options.html, options.json, options.ledger):
+        if path and not path.parent.is_dir():
+            parser.error(f"there is no folder {path.parent} to write {path.name} into: make it first")
     return options
 
 
@@ -1867,7 +1737,7 @@ def show_result(runs: Sequence[Run]) -> None:
     """LogError for anything but one run that has results."""
     if len(runs) > 1:
         raise LogError(f"--result takes one run, here are {len(runs)}: {', '.join(run.name for run in runs)}")
-    if not runs[0].started_at_all:
+    if not runs[0].began:
         raise LogError(f"{runs[0].name} has no result, it did not start: {refusal(runs[0])}")
     print(result_block(runs[0]))
 
