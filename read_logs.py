@@ -287,14 +287,14 @@ def read_log(run: Run, lines: Iterable[str]) -> None:
             run.hyper[match[1]] = match[2].strip()
         elif in_refusal and line.startswith("  - "):
             run.refusals.append(line[4:])
-        elif ":" in line or line.startswith("seed "):
+        else:
             in_refusal = line == "cannot start:"
             in_settings = line.endswith("Hyperparameters:") or (in_settings and "train_shards:" not in line)
             read_result_line(run, line)
 
 
 def read_result_line(run: Run, line: str) -> None:
-    """One line that holds a colon, if it is one of the known kinds."""
+    """One line, if it is of a known kind."""
     if "_loss: " in line:
         read_step_line(run, line)
     elif "ttp: b" in line and (match := TTT_LINE.search(line)):
@@ -404,11 +404,9 @@ def read_info(run: Run) -> None:
     run.hyper |= {name.lower(): str(value) for name, value in info.get("config", {}).items()}
     if "changed" in info:
         run.changed = {name.upper(): str(value) for name, value in info["changed"].items()}
-    run.device, run.world, run.started = info.get("device"), info.get("world"), info.get("started")
-    run.commit = info.get("commit") or run.commit
-    data = info.get("data", {})
-    run.val_sha256, run.val_bytes = data.get("val_sha256"), data.get("val_bytes")
-    run.val_targets, run.val_documents = data.get("val_targets"), data.get("val_documents")
+    facts = info | info.get("data", {})
+    for name in ("device", "world", "started", "commit", "val_sha256", "val_bytes", "val_targets", "val_documents"):
+        setattr(run, name, facts.get(name) or getattr(run, name))
 
 
 class Matrix(NamedTuple):
@@ -603,8 +601,11 @@ class Gate(NamedTuple):
     limit: float
 
     @property
-    def passed(self) -> bool:
-        return self.used is not None and self.used <= self.limit
+    def excess(self) -> str | None:
+        """What is over the limit, in figures."""
+        if self.used is None or self.used <= self.limit:
+            return None
+        return f"{self.label} {self.used:{',d' if isinstance(self.used, int) else ',.1f'}} > {self.limit:,}"
 
 
 def gates(run: Run) -> list[Gate]:
@@ -620,7 +621,7 @@ def gates(run: Run) -> list[Gate]:
 def gate_text(run: Run) -> str:
     """`pass`, or every budget that is exceeded, with its figures; budgets that the run has not reached are left out."""
     known = [gate for gate in gates(run) if gate.used is not None]
-    over = [f"{gate.label} {gate.used:,.6g} > {gate.limit:,}" for gate in known if not gate.passed]
+    over = [gate.excess for gate in known if gate.excess]
     return "FAIL: " + ", ".join(over) if over else "pass" if known else "-"
 
 
@@ -686,9 +687,7 @@ def packing_errors(run: Run) -> Iterator[str]:
         yield f"the total of {run.total_bytes:,} bytes is not artifact plus code"
     if run.weights_bytes and run.model_params and run.weights_bytes < 2.5 * run.model_params:
         yield f"the checkpoint has {run.weights_bytes:,} bytes: weights rounded to 16 bits before quantization"
-    for gate in gates(run):
-        if gate.used is not None and not gate.passed:
-            yield f"over budget: {gate.label} {gate.used:,.6g} > {gate.limit:,}"
+    yield from (f"over budget: {gate.excess}" for gate in gates(run) if gate.excess)
 
 
 def errors(run: Run) -> list[str]:
