@@ -18,12 +18,14 @@ Contents: runs, reading, checks, tables, statistics, pictures, page, records, le
 
 import argparse
 import base64
+import contextlib
 import hashlib
 import html
 import io
 import itertools
 import json
 import math
+import os
 import pickle
 import re
 import shlex
@@ -168,7 +170,8 @@ class Run:
 
     def dips(self) -> list[Interval]:
         """Intervals a tenth slower than the median of their part."""
-        return [i for i in self.intervals() if i.rate < 0.9 * (self.rate(i.looped) or 0)]
+        usual = {looped: self.rate(looped) for looped in (False, True)}
+        return [i for i in self.intervals() if i.rate < 0.9 * usual[i.looped]]
 
     @property
     def bytes_per_token(self) -> float | None:
@@ -204,20 +207,17 @@ class Run:
         if not self.began:
             return "did not start"
         of = f" of {self.iterations}" if self.iterations else ""
-        reached = (
-            (
-                self.ttt or self.prefix_documents is not None,
-                f"TTT, {len(self.ttt)} of {self.ttt_batches or '?'} batches",
-            ),
-            (self.bpb_quantized, "quantized score"),
-            (self.total_bytes, "packing"),
-            (self.calibrate_seconds, "calibration"),
-            (self.bpb_float, "float score"),
-            (self.trained, "end of training"),
-            (self.steps, f"training, step {self.steps}{of}"),
-            (True, "set-up"),
-        )
-        return "reached " + next(label for there, label in reached if there)
+        ttt = f"TTT, {len(self.ttt)} of {self.ttt_batches or '?'} batches"
+        reached = {
+            ttt: self.ttt or self.prefix_documents is not None,
+            "quantized score": self.bpb_quantized,
+            "packing": self.total_bytes,
+            "calibration": self.calibrate_seconds,
+            "float score": self.bpb_float,
+            "end of training": self.trained,
+            f"training, step {self.steps}{of}": self.steps,
+        }
+        return "reached " + next((stage for stage, there in reached.items() if there), "set-up")
 
 
 # ---- Reading ---------------------------------------------------------------------------------------------------------
@@ -328,13 +328,13 @@ def read_figures(run: Run, line: str) -> None:
 def read_step_line(run: Run, line: str) -> None:
     """A training or validation loss. The rate is cumulative and exact; the minutes are rounded to 6 s."""
     if match := TRAIN_LINE.search(line):
-        step, run.iterations, loss, minutes, rate = map(number_of, match.groups())
+        step, run.iterations, rate = int(match[1]), int(match[2]), int(match[5])
         if step == 1:  # a run that started over in the same file
             forget_steps(run)
             run.loop_step = None
         batch = run.knob("train_batch_tokens")
-        tokens = step * batch if batch else minutes * 60 * rate
-        run.loss[step], run.steps = float(loss), step
+        tokens = step * batch if batch else float(match[4]) * 60 * rate
+        run.loss[step], run.steps = float(match[3]), step
         if rate > 0 and tokens > 0:
             run.clock[step] = (tokens / rate, tokens)
     elif match := VAL_LINE.search(line):
@@ -409,95 +409,6 @@ def read_info(run: Run) -> None:
         setattr(run, name, facts.get(name) or getattr(run, name))
 
 
-class Matrix(NamedTuple):
-    """A GPTQ matrix of an artifact, dequantized: (rows, columns) in float32."""
-
-    name: str
-    weights: np.ndarray
-
-
-def read_artifact(run: Run, path: Path) -> list[Matrix]:
-    """Compressed bytes by section, from the header, into `run.parts`; the matrices if they are packed with brotli."""
-    blob, start = path.read_bytes(), 5 + 32  # magic and checksum
-    if blob[:5] != b"GOLF\1" or hashlib.sha256(blob[start:]).digest() != blob[5:start]:
-        print(f"read_logs: {path} is damaged or no artifact of this project, skipped", file=sys.stderr)
-        return []
-    at = start + 4 + int.from_bytes(blob[start : start + 4], "little")
-    header = json.loads(zlib.decompress(blob[start + 4 : at]))
-    raw: dict[str, int] = {}
-    for name, kind, _, shape in header["tensors"]:
-        section = section_of(name, kind)
-        raw[section] = raw.get(section, 0) + math.prod(shape) * (2 if kind == "float16" else 1)
-        if kind != "float16":
-            raw["float16"] = raw.get("float16", 0) + 2 * shape[0]
-    lengths, streams = iter(header["pieces"]), {}
-    for section, n_bytes in raw.items():
-        edges = list(itertools.accumulate(itertools.islice(lengths, math.ceil(n_bytes / (1 << 20))), initial=at))
-        streams[section] = [blob[a:b] for a, b in itertools.pairwise(edges)]
-        run.parts[section], at = edges[-1] - edges[0], edges[-1]
-    return list(matrices(header["tensors"], streams)) if header["compressor"] == "brotli" else []
-
-
-def section_of(name: str, kind: str) -> str:
-    """The part of an artifact that holds the codes of a tensor, or its values."""
-    return re.sub(r"^blocks\.\d+\.", "", name) if kind == "gptq" else kind
-
-
-def matrices(tensors: list[tuple[str, str, int, list[int]]], streams: dict[str, list[bytes]]) -> Iterator[Matrix]:
-    """Codes times row scales. Scales lie among the other 16-bit values, all low bytes first, then all high ones."""
-    import brotli  # here, because only run folders have an artifact
-
-    data = {section: b"".join(map(brotli.decompress, pieces)) for section, pieces in streams.items()}
-    halves = np.stack(np.split(np.frombuffer(data["float16"], np.uint8), 2), 1).view("<f2").ravel()
-    taken = dict.fromkeys(data, 0)
-    for name, kind, _, shape in tensors:
-        section, size = section_of(name, kind), math.prod(shape)
-        at, n_halves = taken["float16"], size if kind == "float16" else shape[0]
-        taken["float16"] += n_halves
-        if kind != "float16":
-            codes = np.frombuffer(data[section], np.int8, size, taken[section]).reshape(shape)
-            taken[section] += size
-        if kind == "gptq":
-            yield Matrix(name, codes * halves[at : at + n_halves, None].astype(np.float32))
-
-
-class CheckpointReader(pickle.Unpickler):
-    """Reads the float32 tensors of a torch.save file as arrays, without torch and without running anything in it."""
-
-    def __init__(self, archive: zipfile.ZipFile, root: str):
-        super().__init__(io.BytesIO(archive.read(f"{root}/data.pkl")))
-        self.archive, self.root = archive, root
-
-    def find_class(self, module: str, name: str) -> Any:
-        if name == "_rebuild_tensor_v2":
-            return lambda flat, offset, shape, *_: flat[offset : offset + math.prod(shape)].reshape(shape)
-        if (module, name) == ("collections", "OrderedDict"):
-            return dict
-        return name  # a storage class, by which persistent_load knows the type
-
-    def persistent_load(self, key: tuple[Any, ...]) -> np.ndarray:
-        kinds = {"FloatStorage": "<f4", "HalfStorage": "<f2"}
-        return np.frombuffer(self.archive.read(f"{self.root}/data/{key[2]}"), kinds.get(key[1], "u1"))
-
-
-# Where a checkpoint keeps the matrices of its layers: the first half of a bank's rows, and the second.
-BANKS = {"qo_bank": ("attn.c_q", "attn.proj"), "kv_bank": ("attn.c_k", "attn.c_v"), "mlp_up_bank": ("mlp.fc",),
-         "mlp_down_bank": ("mlp.proj",)}  # fmt: skip
-
-
-def quantization_errors(checkpoint: Path, coded: Sequence[Matrix]) -> dict[str, float]:
-    """|stored - float| / |float| of every GPTQ matrix, Frobenius norms."""
-    with zipfile.ZipFile(checkpoint) as archive:
-        floats = CheckpointReader(archive, archive.namelist()[0].split("/")[0]).load()
-    truth = {"tok_emb.weight": floats["tok_emb.weight"]}
-    for bank, kinds in BANKS.items():
-        layers = len(floats[bank]) // len(kinds)
-        for i, weights in enumerate(floats[bank]):
-            truth[f"blocks.{i % layers}.{kinds[i // layers]}.weight"] = weights
-    norm = np.linalg.norm
-    return {name: float(norm(weights - truth[name]) / norm(truth[name])) for name, weights in coded}
-
-
 def read_run(name: str, log: Path, metrics: Path, info: Path) -> Run:
     """All that the files of one run say, those that exist."""
     run = Run(name, log, metrics, info)
@@ -507,10 +418,6 @@ def read_run(name: str, log: Path, metrics: Path, info: Path) -> Run:
         read_info(run)
     if metrics.is_file():
         read_metrics(run)
-    artifact = log.with_name("final_model.int6.ptz")
-    coded = read_artifact(run, artifact) if artifact.is_file() else []
-    if coded and (checkpoint := log.with_name("final_model.pt")).is_file():
-        run.tensors = quantization_errors(checkpoint, coded)
     if run.seed is None and (run.knob("seed") is not None or (match := re.search(r"(?:seed|_s)(\d+)", name))):
         run.seed = int(run.hyper["seed"] if "seed" in run.hyper else match[1])
     if run.train_seconds is None and run.clock:
@@ -545,18 +452,12 @@ def read_runs(path: Path) -> list[Run]:
     if log.exists() or metrics.exists():
         return [read_run(path.resolve().name, log, metrics, path / "run.json")]
     runs = [run for run in map(file_run, log_files(path)) if run.began or run.refusals]
-    runs = runs or [run for child in sorted(path.iterdir()) if child.is_dir() for run in quietly(read_runs, child)]
+    for child in [] if runs else filter(Path.is_dir, sorted(path.iterdir())):
+        with contextlib.suppress(LogError):  # a folder of other things
+            runs += read_runs(child)
     if not runs:
         raise LogError(f"{path} holds no run: give a folder with log.txt or log_*.txt, or the log itself")
     return runs
-
-
-def quietly(read: Callable[[Path], list[Run]], path: Path) -> list[Run]:
-    """No runs instead of a LogError."""
-    try:
-        return read(path)
-    except LogError:
-        return []
 
 
 def read_all(paths: Sequence[Path]) -> list[Run]:
@@ -578,10 +479,9 @@ def read_all(paths: Sequence[Path]) -> list[Run]:
 
 # ---- Checks ----------------------------------------------------------------------------------------------------------
 
-# The competition's validation set: 50,000 documents as CaseOps tokens, with the tail that whole sequences leave out and
-# without it, and as plain tokens of the same vocabulary.
+# The competition's validation set, 50,000 documents of 151,074,499 bytes: as CaseOps tokens with the tail that whole
+# sequences leave out, without it, and as plain tokens of the same vocabulary.
 CASEOPS_TARGETS, CASEOPS_TARGETS_CUT, PLAIN_TARGETS = 47_853_343, 47_851_520, 40_540_160
-DOCUMENTS, COMPETITION_BYTES = 50_000, 151_074_499
 CASEOPS_RATIO, PLAIN_RATIO = 3.15715, 3.7266  # bytes per token of the two
 SENTINELS_COUNTED = 1.0895  # bytes where case markers count three each, over the true bytes
 # Training losses every 500 steps on the canonical shards: the batches are the same text in every run of this family.
@@ -629,7 +529,7 @@ def accounting_errors(run: Run) -> Iterator[str]:
     """The known ways in which tokens and bytes were miscounted, each by what it leaves in a log."""
     targets, ratio = run.val_targets, run.bytes_per_token
     full = near(targets, CASEOPS_TARGETS, 1e-4)
-    if targets == 9_662_464 or near(ratio, 3.0997, 2e-4):
+    if targets == 9_662_464:
         yield "9,662,464 validation tokens are those of 10,000 documents, not of 50,000: no score of the competition"
     if near(targets, 36_560_000, 1e-3):
         yield "36.56 M validation tokens: preparation in parallel slices cut the validation set"
@@ -702,7 +602,7 @@ def remarks(run: Run) -> list[str]:
         said.append(f"the last {CASEOPS_TARGETS - CASEOPS_TARGETS_CUT:,} validation tokens are not scored (0.004 %)")
     if any(used < scored for scored, used in run.learned):
         pairs = ", ".join(f"{used} of {scored}" for scored, used in run.learned)
-        said.append(f"the base model learned from {pairs} scored documents, the shortest of them")
+        said.append(f"the base model learned from {pairs} scored documents, the shortest")
     if run.refusals and run.began:
         said.append(f"a later start was refused: {run.refusals[0]}")
     if dips := run.dips():
@@ -731,16 +631,17 @@ def settings_that_differ(runs: Sequence[Run]) -> list[str]:
 
 def same_text(a: Run, b: Run) -> bool:
     """Whether two validation sets hold the same text, maybe under different tokenizers."""
-    return None not in (a.val_bytes, a.val_documents) and (a.val_bytes, a.val_documents) == (
-        b.val_bytes,
-        b.val_documents,
-    )
+    counts = [(run.val_bytes, run.val_documents) for run in (a, b)]
+    return counts[0] == counts[1] and None not in counts[0]
 
 
 def validation_mismatch(a: Run, b: Run) -> str | None:
     """Why the scores of two runs are not of the same validation set; None where they may be compared."""
     if not (a.val_targets and b.val_targets):
         return f"the log of {(b if a.val_targets else a).name} does not say how many tokens it scored"
+    length = min(len(a.val_sha256 or ""), len(b.val_sha256 or ""))  # logs print its first 16 digits
+    if a.val_targets == b.val_targets and length and a.val_sha256[:length] != b.val_sha256[:length]:
+        return f"fingerprints: {a.val_sha256[:16]} in {a.name}, {b.val_sha256[:16]} in {b.name}"
     if same_text(a, b):
         return None
     facts = (
@@ -751,9 +652,6 @@ def validation_mismatch(a: Run, b: Run) -> str | None:
     for label, x, y, tolerance in facts:
         if x and y and not near(x, y, tolerance):
             return f"{label}: {x:,.10g} in {a.name}, {y:,.10g} in {b.name}"
-    length = min(len(a.val_sha256 or ""), len(b.val_sha256 or ""))
-    if length and a.val_sha256[:length] != b.val_sha256[:length]:
-        return f"fingerprints: {a.val_sha256[:16]} in {a.name}, {b.val_sha256[:16]} in {b.name}"
     return None
 
 
@@ -766,9 +664,8 @@ def copied_logs(runs: Sequence[Run]) -> list[str]:
         if len(steps) >= 3 and same == steps and a.bpb_ttt == b.bpb_ttt:
             said.append(f"{a.name} and {b.name} are one log twice (seeds {a.seed} and {b.seed})")
         elif len(steps) >= 3 and len(same) > len(steps) / 2 and a.seed != b.seed:
-            said.append(
-                f"{a.name} and {b.name} share {len(same)} of {len(steps)} losses under seeds {a.seed} and {b.seed}"
-            )
+            share = f"{len(same)} of {len(steps)} losses under seeds {a.seed} and {b.seed}"
+            said.append(f"{a.name} and {b.name} share {share}")
     return said
 
 
@@ -854,9 +751,7 @@ def cells(run: Run, columns: Sequence[Column]) -> list[str]:
     return [cell(column.figure(run), column.spec) for column in columns]
 
 
-def statistic_row(
-    label: str, of: Callable[[list[float]], float], runs: Sequence[Run], columns: Sequence[Column]
-) -> list[str]:
+def statistic_row(label: str, of: Callable[..., float], runs: Sequence[Run], columns: Sequence[Column]) -> list[str]:
     """A row of means or deviations over the figures that every run has."""
     row = [label]
     for column in columns[1:]:
@@ -896,16 +791,14 @@ def refusal(run: Run) -> str:
 
 def run_tables(runs: Sequence[Run]) -> list[Table]:
     """The report on runs: scores, speed, size and budgets, what to know; those that never started on their own."""
-    started = [run for run in runs if run.began]
-    refused = [run for run in runs if not run.began]
+    started, refused = ([run for run in runs if run.began == began] for began in (True, False))
     tables = []
     if started:
-        tables += [run_table(*spec) for spec in (("Scores", started, SCORES), ("Speed", started, SPEED),
-                                                 ("Size and budgets", started, SIZES))]  # fmt: skip
+        for title, columns in (("Scores", SCORES), ("Speed", SPEED), ("Size and budgets", SIZES)):
+            tables.append(run_table(title, started, columns))
         tables += remark_table(started)
     if refused:
-        rows = [[run.name, refusal(run)] for run in refused]
-        tables.append(Table("Did not start", [["run", "why"], *rows]))
+        tables.append(Table("Did not start", [["run", "why"], *([run.name, refusal(run)] for run in refused)]))
     return tables
 
 
@@ -914,9 +807,8 @@ def markdown(table: Table) -> str:
     escaped = [[text.replace("|", "\\|") for text in row] for row in table.rows]
     widths = [max(3, *map(len, column)) for column in zip(*escaped, strict=True)]
     numeric = [is_numeric(column[1:]) for column in zip(*table.rows, strict=True)]
-    pad = lambda row: [
-        text.rjust(n) if right else text.ljust(n) for text, n, right in zip(row, widths, numeric, strict=True)
-    ]
+    sides = [str.rjust if right else str.ljust for right in numeric]
+    pad = lambda row: [side(text, n) for side, text, n in zip(sides, row, widths, strict=True)]
     rule = ["-" * (n - 1) + (":" if right else "-") for n, right in zip(widths, numeric, strict=True)]
     lines = ["| " + " | ".join(row) + " |" for row in (pad(escaped[0]), rule, *map(pad, escaped[1:]))]
     parts = [f"### {table.title}\n"] if table.title else []
@@ -1015,7 +907,8 @@ def batch_differences(new: Run, base: Run) -> dict[int, tuple[float, float]]:
 def require_comparable(new: Sequence[Run], base: Sequence[Run]) -> None:
     """LogError that names what keeps these runs from being compared."""
     for side in (new, base):
-        if trouble := [said for said in copied_logs(side)] or [f"{r.name} did not start" for r in side if not r.began]:
+        trouble = [f"{run.name} did not start" for run in side if not run.began] + copied_logs(side)
+        if trouble:
             raise LogError(f"these runs do not compare: {trouble[0]}; leave it out")
         if differ := settings_that_differ(side):
             raise LogError(f"one side mixes configurations ({'; '.join(differ[:5])}): compare one at a time")
@@ -1243,6 +1136,99 @@ def draw_schedules(figure: Any, runs: Sequence[Run]) -> None:
     axes[0].set_title("\n".join(texts), fontsize=9, pad=16)
 
 
+def add_artifact(run: Run) -> None:
+    """Fill `parts` and `tensors` from what a run folder holds besides logs; a damaged file is left out with a note."""
+    artifact, checkpoint = run.log.with_name("final_model.int6.ptz"), run.log.with_name("final_model.pt")
+    try:
+        if artifact.is_file():
+            coded = read_artifact(run, artifact.read_bytes())
+            run.tensors = quantization_errors(checkpoint, coded) if checkpoint.is_file() else {}
+    except (LookupError, ValueError, pickle.UnpicklingError, zipfile.BadZipFile, zlib.error) as error:
+        print(f"read_logs: {artifact} or {checkpoint.name} is damaged, skipped ({error})", file=sys.stderr)
+
+
+def read_artifact(run: Run, blob: bytes) -> dict[str, np.ndarray]:
+    """Compressed bytes of each section into `run.parts`; the GPTQ matrices, dequantized, if brotli packed them."""
+    start = 5 + 32  # magic and checksum
+    if blob[:5] != b"GOLF\1" or hashlib.sha256(blob[start:]).digest() != blob[5:start]:
+        raise ValueError("no artifact of this project, or cut short")
+    at = start + 4 + int.from_bytes(blob[start : start + 4], "little")
+    header = json.loads(zlib.decompress(blob[start + 4 : at]))
+    raw: dict[str, int] = {}
+    for name, kind, _, shape in header["tensors"]:
+        section = section_of(name, kind)
+        raw[section] = raw.get(section, 0) + math.prod(shape) * (2 if kind == "float16" else 1)
+        if kind != "float16":
+            raw["float16"] = raw.get("float16", 0) + 2 * shape[0]
+    lengths, streams = iter(header["pieces"]), {}
+    for section, n_bytes in raw.items():  # compressed in pieces of a mebibyte
+        edges = list(itertools.accumulate(itertools.islice(lengths, math.ceil(n_bytes / (1 << 20))), initial=at))
+        streams[section] = [blob[a:b] for a, b in itertools.pairwise(edges)]
+        run.parts[section], at = edges[-1] - edges[0], edges[-1]
+    return matrices(header["tensors"], streams) if header["compressor"] == "brotli" else {}
+
+
+def section_of(name: str, kind: str) -> str:
+    """The part of an artifact that holds the codes of a tensor, or its values."""
+    return re.sub(r"^blocks\.\d+\.", "", name) if kind == "gptq" else kind
+
+
+def matrices(tensors: list[tuple[str, str, int, list[int]]], streams: dict[str, list[bytes]]) -> dict[str, np.ndarray]:
+    """Name -> codes times row scales. Scales lie among the other 16-bit values: all low bytes, then all high ones."""
+    import brotli  # here, because only run folders have an artifact
+
+    data = {section: b"".join(map(brotli.decompress, pieces)) for section, pieces in streams.items()}
+    halves = np.stack(np.split(np.frombuffer(data["float16"], np.uint8), 2), 1).view("<f2").ravel()
+    taken, weights = dict.fromkeys(data, 0), {}
+    for name, kind, _, shape in tensors:
+        section, size = section_of(name, kind), math.prod(shape)
+        at, n_halves = taken["float16"], size if kind == "float16" else shape[0]
+        taken["float16"] += n_halves
+        if kind != "float16":
+            codes = np.frombuffer(data[section], np.int8, size, taken[section]).reshape(shape)
+            taken[section] += size
+        if kind == "gptq":
+            weights[name] = codes * halves[at : at + n_halves, None].astype(np.float32)
+    return weights
+
+
+class CheckpointReader(pickle.Unpickler):
+    """Reads the float32 tensors of a torch.save file as arrays, without torch and without running anything in it."""
+
+    def __init__(self, archive: zipfile.ZipFile, root: str):
+        super().__init__(io.BytesIO(archive.read(f"{root}/data.pkl")))
+        self.archive, self.root = archive, root
+
+    def find_class(self, module: str, name: str) -> Any:
+        if name == "_rebuild_tensor_v2":
+            return lambda flat, offset, shape, *_: flat[offset : offset + math.prod(shape)].reshape(shape)
+        if (module, name) == ("collections", "OrderedDict"):
+            return dict
+        return name  # a storage class, by which persistent_load knows the type
+
+    def persistent_load(self, key: tuple[Any, ...]) -> np.ndarray:
+        kinds = {"FloatStorage": "<f4", "HalfStorage": "<f2"}
+        return np.frombuffer(self.archive.read(f"{self.root}/data/{key[2]}"), kinds.get(key[1], "u1"))
+
+
+# Where a checkpoint keeps the matrices of its layers: the first half of a bank's rows, and the second.
+BANKS = {"qo_bank": ("attn.c_q", "attn.proj"), "kv_bank": ("attn.c_k", "attn.c_v"), "mlp_up_bank": ("mlp.fc",),
+         "mlp_down_bank": ("mlp.proj",)}  # fmt: skip
+
+
+def quantization_errors(checkpoint: Path, coded: dict[str, np.ndarray]) -> dict[str, float]:
+    """|stored - float| / |float| of every GPTQ matrix, Frobenius norms."""
+    with zipfile.ZipFile(checkpoint) as archive:
+        floats = CheckpointReader(archive, archive.namelist()[0].split("/")[0]).load()
+    truth = {"tok_emb.weight": floats["tok_emb.weight"]}
+    for bank, kinds in BANKS.items():
+        layers = len(floats[bank]) // len(kinds)
+        for i, weights in enumerate(floats[bank]):
+            truth[f"blocks.{i % layers}.{kinds[i // layers]}.weight"] = weights
+    norm = np.linalg.norm
+    return {name: float(norm(weights - truth[name]) / norm(truth[name])) for name, weights in coded.items()}
+
+
 def draw_quantization(figure: Any, runs: Sequence[Run]) -> None:
     """Quantization error of every matrix of the first run over its layers, a line for each kind of matrix."""
     kinds: dict[str, dict[int, float]] = {}
@@ -1305,6 +1291,8 @@ def pictures(runs: Sequence[Run]) -> dict[str, bytes]:
     from matplotlib.figure import Figure  # here, so that tables work where it is not installed
 
     drawn = {}
+    for run in runs:
+        add_artifact(run)
     for name, picture in PICTURES.items():
         if chosen := [run for run in runs if picture.there(run)]:
             figure, file = Figure(figsize=picture.size, layout="constrained"), io.BytesIO()
@@ -1347,7 +1335,7 @@ th, td {{ padding: .3rem .6rem; border-bottom: 1px solid var(--line); text-align
 th {{ background: var(--head); }}
 .number {{ text-align: right; white-space: nowrap; }}
 .bad {{ color: var(--bad); font-weight: 600; }}
-img {{ display: block; width: 100%; height: auto; margin: 1rem 0; background: #fff; border-radius: 4px; }}
+img {{ display: block; width: 100%; min-width: 36rem; margin: 1rem 0; background: #fff; border-radius: 4px; }}
 </style></head><body><h1>{title}</h1>
 {body}
 </body></html>
@@ -1377,10 +1365,8 @@ def html_table(table: Table) -> str:
 
 def page(runs: Sequence[Run], tables: Sequence[Table]) -> str:
     """Tables and pictures as one HTML file that needs nothing else: no scripts, no addresses, pictures inside."""
-    images = [
-        f'<img alt="{name}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
-        for name, png in pictures(runs).items()
-    ]
+    data = {name: base64.b64encode(png).decode() for name, png in pictures(runs).items()}
+    images = [f'<div class="wide"><img alt="{n}" src="data:image/png;base64,{code}"></div>' for n, code in data.items()]
     title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs"
     return PAGE.format(title=html.escape(title), body="\n".join([*map(html_table, tables), *images]))
 
@@ -1658,7 +1644,7 @@ One row per run, derived from its logs by `make records`; never typed. What was 
 
 
 def against(run: Run, earlier: Sequence[Run]) -> str:
-    """The difference to the first earlier run of as many steps on the same text, in the last stage that both reached."""
+    """The difference to the first earlier run of as many steps on the same text, in the last stage of both."""
     for number, other in enumerate(earlier, 1):
         if run.steps == other.steps and validation_mismatch(run, other) is None:
             for label, stage in reversed(STAGES):
@@ -1779,6 +1765,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The exit code: 0, 1 where --check found something, 2 with one sentence where there is nothing to work on."""
     try:
         return run_options(options_of(argv))
+    except BrokenPipeError:  # the reader of our output, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (LogError, OSError) as error:
         print(f"read_logs: {error}", file=sys.stderr)
         return 2
