@@ -1143,7 +1143,7 @@ def add_artifact(run: Run) -> None:
         if artifact.is_file():
             coded = read_artifact(run, artifact.read_bytes())
             run.tensors = quantization_errors(checkpoint, coded) if checkpoint.is_file() else {}
-    except (LookupError, ValueError, pickle.UnpicklingError, zipfile.BadZipFile, zlib.error) as error:
+    except Exception as error:  # each library has error classes of its own
         print(f"read_logs: {artifact} or {checkpoint.name} is damaged, skipped ({error})", file=sys.stderr)
 
 
@@ -1342,25 +1342,21 @@ img {{ display: block; width: 100%; min-width: 36rem; margin: 1rem 0; background
 """
 
 
+def html_row(cells: Sequence[str], numeric: Sequence[bool], tag: str) -> str:
+    """A table row: numbers to the right, failures in red."""
+    row = []
+    for text, right in zip(cells, numeric, strict=True):
+        kind = "number" if right else "bad" if re.match("FAIL|ERROR", text) else "text"
+        row.append(f'<{tag} class="{kind}">{html.escape(text)}</{tag}>')
+    return f"<tr>{''.join(row)}</tr>"
+
+
 def html_table(table: Table) -> str:
-    """A table that scrolls sideways on a narrow screen, failures in red."""
+    """A table with its title and note, in a box that scrolls sideways on a narrow screen."""
     numeric = [is_numeric(column[1:]) for column in zip(*table.rows, strict=True)]
-
-    def row(cells: Sequence[str], tag: str) -> str:
-        kinds = [
-            "number" if right else "bad" if re.match("FAIL|ERROR", text) else ""
-            for text, right in zip(cells, numeric, strict=True)
-        ]
-        marks = [f' class="{kind}"' if kind else "" for kind in kinds]
-        return (
-            "<tr>"
-            + "".join(f"<{tag}{mark}>{html.escape(text)}</{tag}>" for text, mark in zip(cells, marks, strict=True))
-            + "</tr>"
-        )
-
-    body = "\n".join([row(table.rows[0], "th"), *(row(cells, "td") for cells in table.rows[1:])])
+    rows = [html_row(cells, numeric, "td" if number else "th") for number, cells in enumerate(table.rows)]
     note = f"\n<p>{html.escape(table.note)}</p>" if table.note else ""
-    return f'<h2>{html.escape(table.title)}</h2>\n<div class="wide"><table>\n{body}\n</table></div>{note}'
+    return f'<h2>{html.escape(table.title)}</h2>\n<div class="wide"><table>\n{"".join(rows)}\n</table></div>{note}'
 
 
 def page(runs: Sequence[Run], tables: Sequence[Table]) -> str:
@@ -1422,12 +1418,7 @@ def record_troubles(runs: Sequence[Run]) -> list[str]:
     """Everything that keeps these runs from being a record."""
     said = []
     for run in runs:
-        facts = {
-            "seed": run.seed,
-            "changed knobs": run.changed,
-            "size": run.total_bytes,
-            "training time": run.train_seconds,
-        }
+        facts = {"seed": run.seed, "knobs": run.changed, "size": run.total_bytes, "train time": run.train_seconds}
         missing = [what for what, value in facts.items() if value is None]
         if run.bpb_ttt is None:
             said.append(f"{run.name}: no score after TTT ({run.state})")
@@ -1599,8 +1590,9 @@ def json_disagreements(stated: dict[str, Any], computed: dict[str, Any], where: 
             yield f"{where}: {key} says {said}, the logs give {value}"
 
 
-def submission_disagreements(path: Path, complete: Sequence[Run]) -> Iterator[str]:
-    """What submission.json says beside what the logs give. Names, dates and notes are the author's."""
+def submission_disagreements(path: Path, runs: Sequence[Run]) -> Iterator[str]:
+    """What submission.json says beside what the logs give; its other fields are searched like a text."""
+    complete = [run for run in runs if run.bpb_ttt is not None]
     try:
         stated = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
@@ -1611,6 +1603,9 @@ def submission_disagreements(path: Path, complete: Sequence[Run]) -> Iterator[st
     yield from json_disagreements(stated, figures, path.name)
     for seed in stated.get("seed_results", {}).keys() - computed["seed_results"].keys():
         yield f"{path.name}: seed {seed} has no complete log here"
+    for key, value in stated.items():
+        if key not in figures:
+            yield from text_disagreements(f"{path.name}: {key}", json.dumps(value), known_figures(runs))
 
 
 def check_record(folder: Path) -> list[str]:
@@ -1621,7 +1616,7 @@ def check_record(folder: Path) -> list[str]:
     said = [f"{run.log.name}: {error}" for run in runs for error in errors(run)] + copied_logs(runs)
     said += [f"{run.log.name}: {run.state}" for run in runs if not run.complete]
     if (path := folder / "submission.json").is_file():
-        said += submission_disagreements(path, [run for run in runs if run.bpb_ttt is not None])
+        said += submission_disagreements(path, runs)
     if (path := folder / "README.md").is_file():
         said += text_disagreements(path.name, path.read_text(encoding="utf-8"), known_figures(runs))
     sizes = {run.source_bytes for run in runs if run.source_bytes}

@@ -804,6 +804,7 @@ def test_a_fresh_record_agrees_with_its_logs(
         ("README.md", "15,978,834", "15,978,843", "15,978,843 is in no log here; 15978834 is total bytes"),
         ("submission.json", '"val_bpb": 1.0648', '"val_bpb": 1.0638', "seed_results: 0: val_bpb says 1.0638"),
         ("submission.json", '"steps": 4669', '"steps": 4700', "steps says 4700, the logs give 4669"),
+        ("submission.json", '"track":', '"pre_quant": 1.06911, "track":', "pre_quant:1: 1.06911 is in no log"),
         ("submission.json", '"1234": {', '"1337": {', "seed 1337 has no complete log here"),
         ("train_gpt.py", "A program", "Another program", "train_gpt.py has 78 bytes, 72 ran"),
         ("log_seed0.txt", "train_shards", "/srv/data/x.bin\ntrain_shards", "holds an absolute path (/srv/data/"),
@@ -853,7 +854,7 @@ def test_a_public_log_without_its_knobs_is_no_record(
     seeds: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert record(tmp_path / "out", seeds) == 2
-    assert "base_s42: the log does not say its changed knobs" in capsys.readouterr().err
+    assert "base_s42: the log does not say its knobs" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
