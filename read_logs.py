@@ -780,7 +780,7 @@ def remark_table(runs: Sequence[Run]) -> list[Table]:
     rows = [[run.name, "ERROR", said] for run in runs for said in errors(run)]
     rows += [[run.name, "stopped", run.error] for run in runs if run.error and not run.complete]
     rows += [[run.name, "remark", said] for run in runs for said in remarks(run)]
-    return [Table("What to know", [["run", "", ""], *rows])] if rows else []
+    return [Table("What to know", [["run", "kind", "what"], *rows])] if rows else []
 
 
 def refusal(run: Run) -> str:
@@ -1067,11 +1067,12 @@ def draw_ttt(figure: Any, runs: Sequence[Run]) -> None:
     by_length.set_title("score of each batch by the length of its\ndocuments; line: smoothed", fontsize=9)
     for ax in paired:
         figure.set_size_inches(14, 4.2)
-        for points, (_, _, style) in zip(differences, itertools.islice(styled(runs), 1, None), strict=True):
-            lengths, difference = np.reshape(points, (-1, 2)).T
-            ax.plot(lengths, 1000 * difference, **style, markersize=4)
+        for pairs, (_, line, point) in zip(differences, itertools.islice(styled(runs), 1, None), strict=True):
+            lengths, difference = np.reshape(pairs, (-1, 2)).T
+            ax.plot(lengths, 1000 * difference, **point, markersize=3.5, alpha=0.6)
+            ax.plot(lengths, smooth(1000 * difference, len(pairs) // 8), **line)
         ax.axhline(0, color="black", linewidth=1)
-        ax.set_title(f"the same batches,\nminus {runs[0].name}", fontsize=9)
+        ax.set_title(f"the same batches, minus\n{runs[0].name}", fontsize=9)
         ax.set(ylabel="difference, mb")
     for ax in (by_length, *paired):
         ax.set(xscale="log", xlabel="document length, tokens")
@@ -1327,7 +1328,7 @@ PAGE = """<!doctype html>
   --line: #d0d0d0; --back: #ffffff; --text: #1a1a1a; --head: #f2f2f2; --bad: #b00020; }}
 @media (prefers-color-scheme: dark) {{
   :root {{ --line: #444; --back: #16181c; --text: #e4e4e4; --head: #23262c; --bad: #ff8a80; }} }}
-body {{ margin: 0 auto; max-width: 75rem; padding: 1rem; font: 15px/1.5 system-ui, sans-serif; background: var(--back);
+body {{ margin: 0 auto; max-width: 88rem; padding: 1rem; font: 15px/1.5 system-ui, sans-serif; background: var(--back);
   color: var(--text); }}
 .wide {{ overflow-x: auto; }}
 table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; }}
@@ -1725,9 +1726,8 @@ def show_result(runs: Sequence[Run]) -> None:
 def show_report(options: argparse.Namespace, runs: list[Run]) -> None:
     """Tables on standard output, and the files that were asked for."""
     base = read_all(options.against) if options.against else []
-    tables = run_tables(runs + base)
-    if base:
-        tables = comparison_tables(runs, base) + tables
+    tables = comparison_tables(runs, base) if base else []
+    tables += run_tables(runs) + [table._replace(title=f"{table.title}, second set") for table in run_tables(base)]
     print("\n\n".join(map(markdown, tables)))
     if options.json:
         options.json.write_text(json.dumps(as_data(runs + base, tables), indent=1) + "\n", encoding="utf-8")

@@ -477,6 +477,16 @@ def test_mixed_configurations_and_repeated_runs_are_not_compared(
         assert what in capsys.readouterr().err
 
 
+def test_a_comparison_ends_with_the_tables_of_both_sides(
+    seeds: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    better = [write(tmp_path / f"new_s{seed}.log", public_log(seed, -0.01)) for seed in (42, 0)]
+    assert read_logs.main([*map(str, better), "--against", *map(str, seeds)]) == 0
+    titles = re.findall("^### (.+)$", capsys.readouterr().out, re.M)
+    assert titles[:2] == ["Difference", "Leaderboard rules"]
+    assert titles[-6:] == ["Scores", "Speed", "Size and budgets", *(f"{t}, second set" for t in titles[-6:-3])]
+
+
 # ---- Accounting ------------------------------------------------------------------------------------------------------
 
 
@@ -620,7 +630,7 @@ def test_the_ttt_picture_explains_its_slope_and_shows_the_score_without(seeds: l
     assert "the longest documents come first" in running.get_title()
     levels = [line.get_ydata()[0] for line in running.lines if len(set(line.get_ydata())) == 1]
     assert levels == pytest.approx([run.bpb_quantized for run in runs])
-    points = paired.lines[1].get_ydata()
+    points = paired.lines[2].get_ydata()  # after points and line of the second run
     assert len(points) == 5 and np.mean(points) == pytest.approx(-0.4, abs=0.5)
     assert by_length.get_xscale() == "log"
 
