@@ -480,7 +480,7 @@ def test_mixed_configurations_and_repeated_runs_are_not_compared(
 def test_a_comparison_ends_with_the_tables_of_both_sides(
     seeds: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    better = [write(tmp_path / f"new_s{seed}.log", public_log(seed, -0.01)) for seed in (42, 0)]
+    better = [write(tmp_path / f"new_s{seed}.log", public_log(seed, -0.01 - seed * 1e-5)) for seed in (42, 0)]
     assert read_logs.main([*map(str, better), "--against", *map(str, seeds)]) == 0
     titles = re.findall("^### (.+)$", capsys.readouterr().out, re.M)
     assert titles[:2] == ["Difference", "Leaderboard rules"]
