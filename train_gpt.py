@@ -222,6 +222,10 @@ class Config:
     global_ttt_warmup_chunks: int = 0    # chunks it takes
     global_ttt_grad_clip: float = 1.0    # gradient norm
     global_ttt_respect_doc_boundaries: bool = True  # attention stays inside documents
+
+    # Follow-up systems, all off (what each is worth: LOG.md)
+    wd_taper_start_frac: float = 0.0     # fraction of training from which MUON_WD falls along a line; 0: it never does
+    wd_taper_final_mult: float = 0.5     # what is left of it at the end
     # fmt: on
 
     @property
@@ -380,6 +384,8 @@ def config_rules(c: Config) -> list[tuple[bool, str]]:
         (not 0 < c.val_doc_fraction <= 1, "VAL_DOC_FRACTION must lie in (0, 1]"),
         (not 0 <= c.ema_decay < 1, "EMA_DECAY must lie in [0, 1)"),
         (c.warmdown_frac <= 0, "WARMDOWN_FRAC must be above 0"),
+        (not 0 <= c.wd_taper_start_frac < 1, "WD_TAPER_START_FRAC must lie in [0, 1); 0 is off"),
+        (c.wd_taper_final_mult < 0, "WD_TAPER_FINAL_MULT must be 0 or more"),
         (0 < c.max_wallclock_seconds <= c.gptq_reserve_seconds,
          "MAX_WALLCLOCK_SECONDS must exceed GPTQ_RESERVE_SECONDS"),
         (bool(c.run_dir and c.artifact_dir), "RUN_DIR and ARTIFACT_DIR mean the same: set one"),
@@ -2562,6 +2568,18 @@ def lr_multiplier(cfg: Config, fraction: float) -> float:
     return 1.0 if fraction < 1 - cfg.warmdown_frac else max((1 - fraction) / cfg.warmdown_frac, cfg.min_lr)
 
 
+def wd_multiplier(cfg: Config, fraction: float) -> float:
+    """1 until WD_TAPER_START_FRAC, then a line to WD_TAPER_FINAL_MULT at the end, on the learning rate's fraction.
+
+    From #1729, which never measured it apart. A public port counted steps of ITERATIONS = 20,000, where a run makes
+    4,844: there the taper would have begun at step 14,000, and its null result is of a taper that never was.
+    """
+    if not cfg.wd_taper_start_frac:
+        return 1.0
+    t = min(max((fraction - cfg.wd_taper_start_frac) / (1 - cfg.wd_taper_start_frac), 0.0), 1.0)
+    return (1 - t) + t * cfg.wd_taper_final_mult
+
+
 def muon_momentum(cfg: Config, step: int) -> float:
     t = min(step / cfg.muon_momentum_warmup_steps, 1.0) if cfg.muon_momentum_warmup_steps > 0 else 1.0
     return (1 - t) * cfg.muon_momentum_warmup_start + t * cfg.muon_momentum
@@ -2648,7 +2666,7 @@ class Optimizer:
                 torch._foreach_mul_(grads, scale)
 
     @torch.no_grad()
-    def update(self, lr_mul: float, momentum: float) -> None:
+    def update(self, lr_mul: float, momentum: float, wd_mul: float = 1.0) -> None:
         for group, lr in zip(self.adam.param_groups, self.base_lrs, strict=True):
             group["lr"] = lr * lr_mul
         c, waits = self.cfg, []
@@ -2664,7 +2682,7 @@ class Optimizer:
         for p, (update, wait) in zip(self.banks, waits, strict=True):
             if wait is not None:
                 wait.wait()
-            p.mul_(1 - lr * c.muon_wd).add_(update[: len(p)], alpha=-lr)
+            p.mul_(1 - lr * c.muon_wd * wd_mul).add_(update[: len(p)], alpha=-lr)
         self.zero_grad()
 
     def zero_grad(self) -> None:
@@ -2831,7 +2849,9 @@ class Stopwatch:
         self.began = time.monotonic()
 
 
-def train_step(model: GPT, optimizer: Optimizer, loader: TrainLoader, lr_mul: float, momentum: float) -> Tensor:
+def train_step(
+    model: GPT, optimizer: Optimizer, loader: TrainLoader, lr_mul: float, momentum: float, wd_mul: float = 1.0
+) -> Tensor:
     """One optimizer step on MICRO_STEPS micro-batches; returns this rank's share of the mean loss, on the device."""
     loss_sum = torch.zeros((), device=loader.run.device)
     for inputs, targets, docs in loader.next_step():
@@ -2839,7 +2859,7 @@ def train_step(model: GPT, optimizer: Optimizer, loader: TrainLoader, lr_mul: fl
         loss.backward()
         loss_sum += loss.detach()
     optimizer.clip(optimizer.reduce())
-    optimizer.update(lr_mul, momentum)
+    optimizer.update(lr_mul, momentum, wd_mul)
     return loss_sum
 
 
@@ -2998,7 +3018,8 @@ def train(cfg: Config, run: Run, model: GPT, val: ValidationSet) -> Progress:
             model.looped = progress.looped = True
             run.log(f"layer_loop:enabled step:{step} frac:{fraction:.3f} {describe_plan(model.plan)}")
         lr_mul = lr_multiplier(cfg, fraction)
-        loss = run.sum(train_step(model, optimizer, loader, lr_mul, muon_momentum(cfg, step)))
+        schedules = lr_mul, muon_momentum(cfg, step), wd_multiplier(cfg, fraction)
+        loss = run.sum(train_step(model, optimizer, loader, *schedules))
         average.update()
         progress.step += 1
         log.add(progress, loss, lr_mul)
