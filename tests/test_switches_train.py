@@ -12,7 +12,7 @@ from test_optim import with_gradients
 from torch import Tensor
 
 import train_gpt
-from train_gpt import Config, Optimizer, ValidationSet, role_of, training_fraction, wd_multiplier
+from train_gpt import Config, Optimizer, ValidationSet, role_of, signed_power_, training_fraction, wd_multiplier
 
 
 def stepped(wd_mul: float | None = None, seed: int = 5, **changes: Any) -> dict[str, Tensor]:
@@ -93,3 +93,33 @@ def test_training_tapers(tmp_path: Path, dataset: Path) -> None:
     assert seen == pytest.approx([1, 1, 1, 1, 2 / 3, 1 / 3])
     off = trained(tmp_path / "off", dataset, wd_taper_final_mult=0)
     assert {n for n in on if n not in same(on, off)} >= {n for n in on if role_of(n).optimizer == "muon"}
+
+
+# ---- power of the gradient -------------------------------------------------------------------------------------------
+def test_the_power_keeps_signs_and_zeros() -> None:
+    x = torch.tensor([-4.0, -1.0, -0.0, 0.0, 1e-30, 9.0])
+    y = signed_power_(x.clone(), 0.5)
+    assert torch.allclose(y, torch.tensor([-2.0, -1.0, 0.0, 0.0, 1e-15, 3.0]))
+    assert torch.allclose(signed_power_(x.clone(), 1.0), x)
+    low = signed_power_(x.bfloat16(), 0.9)
+    assert low.dtype == torch.bfloat16
+    assert torch.allclose(low.float(), x.sign() * x.abs() ** 0.9, rtol=1e-2, atol=1e-30)
+
+
+def test_the_power_is_that_of_muons_clipped_gradient() -> None:
+    """The step is the plain one on gradients that were clipped and raised by hand; AdamW's stays as it was."""
+    ours, plain = stepped(muon_grad_power=0.8), stepped()
+    model = tiny_model()
+    optimizer = Optimizer(model, tiny_config(), LoneRun())
+    with_gradients(model)
+    optimizer.clip(optimizer.reduce())
+    for p in optimizer.banks:
+        p.grad.copy_(p.grad.sign() * p.grad.abs() ** 0.8)
+    optimizer.update(0.8, 0.9)
+    for n, p in model.named_parameters():
+        assert torch.allclose(ours[n], p, atol=1e-6), n
+        assert torch.equal(ours[n], plain[n]) == (role_of(n).optimizer != "muon"), n
+
+
+def test_power_one_is_no_power() -> None:
+    assert same(stepped(muon_grad_power=1.0), stepped()) == set(stepped())
