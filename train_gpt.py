@@ -227,6 +227,9 @@ class Config:
     wd_taper_start_frac: float = 0.0     # fraction of training from which MUON_WD falls along a line; 0: it never does
     wd_taper_final_mult: float = 0.5     # what is left of it at the end
     muon_grad_power: float = 1.0         # Muon's gradient g becomes sign(g) |g|^p before its momentum
+    ttt_lora_layer_lr_alpha: float = 0.0  # adapters of layer l of L learn at TTT_LORA_LR * (1 + this * l / (L - 1))
+    lora_plus_ratio: float = 1.0         # learning rate of the adapters' B over that of A
+    ttt_lora_alpha: float = 0.0          # adapters add alpha / rank times B A; 0: B A, as the record
     # fmt: on
 
     @property
@@ -289,6 +292,11 @@ RETIRED = {  # names of the public script that never did, or no longer do, anyth
     "MATRIX_CLIP_SIGMAS": "every matrix has a knob of its own: ATTN_, MLP_ or EMBED_CLIP_SIGMAS",
 }
 
+REFUSED = {  # public names that would have to do something, and why they cannot, or what does it here
+    "TTT_WARM_START_A": "which batches a rank scored before would decide what a document's adapters start from, so the "
+    "score would depend on the number of ranks and on their speed: leave it out",
+}
+
 BOOLEANS = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
 
 
@@ -320,7 +328,8 @@ def misspelt(env: Mapping[str, str], known: set[str]) -> list[str]:
 def load_config(env: Mapping[str, str]) -> Config:
     """The settings that `env` (names in upper case) asks for. Raises ConfigError naming every problem at once."""
     knobs = {f.name.upper(): f for f in fields(Config)}
-    problems = misspelt(env, set(knobs) | set(RETIRED))
+    problems = misspelt(env, {*knobs, *RETIRED, *REFUSED})
+    problems += [f"{name}: {why}" for name, why in REFUSED.items() if BOOLEANS.get(env.get(name, "0").lower(), True)]
     preset = env.get("PRESET", "")
     if preset and preset not in PRESETS:
         problems.append(f"PRESET={preset!r}: there is only {', '.join(PRESETS)}")
@@ -364,7 +373,7 @@ def config_rules(c: Config) -> list[tuple[bool, str]]:
     if any(bad for bad, _ in signs):
         return named + signs  # the rules below divide by these
     in_lanes = c.num_loops > 0 and 0 < c.parallel_start_layer <= c.loop_end
-    return named + [
+    return named + follow_up_rules(c) + [
         (not c.tie_embeddings, "TIE_EMBEDDINGS=0: an untied head has no optimizer and does not fit; set it to 1"),
         (c.train_batch_tokens % MICRO_STEPS != 0, f"TRAIN_BATCH_TOKENS must be divisible by {MICRO_STEPS}"),
         (c.micro_batch_tokens < c.train_seq_len, "TRAIN_BATCH_TOKENS / 8 must be at least TRAIN_SEQ_LEN"),
@@ -385,9 +394,6 @@ def config_rules(c: Config) -> list[tuple[bool, str]]:
         (not 0 < c.val_doc_fraction <= 1, "VAL_DOC_FRACTION must lie in (0, 1]"),
         (not 0 <= c.ema_decay < 1, "EMA_DECAY must lie in [0, 1)"),
         (c.warmdown_frac <= 0, "WARMDOWN_FRAC must be above 0"),
-        (not 0 <= c.wd_taper_start_frac < 1, "WD_TAPER_START_FRAC must lie in [0, 1); 0 is off"),
-        (c.wd_taper_final_mult < 0, "WD_TAPER_FINAL_MULT must be 0 or more"),
-        (c.muon_grad_power <= 0, f"MUON_GRAD_POWER must be above 0, not {c.muon_grad_power}"),
         (0 < c.max_wallclock_seconds <= c.gptq_reserve_seconds,
          "MAX_WALLCLOCK_SECONDS must exceed GPTQ_RESERVE_SECONDS"),
         (bool(c.run_dir and c.artifact_dir), "RUN_DIR and ARTIFACT_DIR mean the same: set one"),
@@ -396,6 +402,18 @@ def config_rules(c: Config) -> list[tuple[bool, str]]:
          "choose one of EVAL_ONLY_CHECKPOINT, EVAL_ONLY_ARTIFACT, FROM_STAGE and RESUME"),
         (any(not b.strip().isdigit() for b in c.ttt_eval_batches.split(",")) and c.ttt_eval_batches != "",
          f"TTT_EVAL_BATCHES={c.ttt_eval_batches!r}: give batch numbers like 5,250,500"),
+    ]  # fmt: skip
+
+
+def follow_up_rules(c: Config) -> list[tuple[bool, str]]:
+    """The same for the follow-up systems."""
+    return [
+        (not 0 <= c.wd_taper_start_frac < 1, "WD_TAPER_START_FRAC must lie in [0, 1); 0 is off"),
+        (c.wd_taper_final_mult < 0, "WD_TAPER_FINAL_MULT must be 0 or more"),
+        (c.lora_plus_ratio < 0 or c.ttt_lora_layer_lr_alpha < -1,
+         "LORA_PLUS_RATIO must be 0 or more and TTT_LORA_LAYER_LR_ALPHA at least -1: no learning rate is negative"),
+        (c.ttt_lora_alpha < 0, "TTT_LORA_ALPHA must be 0 or more"),
+        (c.muon_grad_power <= 0, f"MUON_GRAD_POWER must be above 0, not {c.muon_grad_power}"),
     ]  # fmt: skip
 
 
@@ -3622,34 +3640,47 @@ class Adapters:
     """A low-rank pair per visit and site and one for the head, a set for each of N documents (LoRA, arXiv 2106.09685).
 
     A (S, N, R, in) starts the same for every document, from the seed alone; B (S, N, out, R) starts at zero, so new
-    adapters change nothing. All in float32.
+    adapters change nothing. All in float32. `layers` (of each visit) is read where layers learn at rates of their own:
+    then there are tensors for each layer, SITE.SIDE.LAYER, else one for all visits.
     """
 
-    def __init__(self, cfg: Config, n_docs: int, n_visits: int, device: torch.device | str = "cpu"):
+    def __init__(
+        self, cfg: Config, n_docs: int, n_visits: int, device: torch.device | str = "cpu", layers: Sequence[int] = ()
+    ):
         d, kv = cfg.model_dim, cfg.num_kv_heads * cfg.head_dim
         wanted = dict(q=True, k=cfg.ttt_k_lora, v=True, attn_bypass=cfg.ttt_o_lora, mlp_bypass=cfg.ttt_mlp_lora)
-        outs = dict(q=d, k=kv, v=kv, attn_bypass=d, mlp_bypass=d)
+        outs = dict(q=d, k=kv, v=kv, attn_bypass=d, mlp_bypass=d, head=cfg.vocab_size)
+        self.scale = cfg.ttt_lora_alpha / cfg.ttt_lora_rank if cfg.ttt_lora_alpha else 1.0
+        slots = [f".{layer}" for layer in layers] if cfg.ttt_lora_layer_lr_alpha else [""] * n_visits
+        # The tensors of each visit, in its order; several visits have a row each in the same tensor.
+        self.slots = {name: slots for name in ADAPTED if wanted[name]} | {"head": [""]}
         g = torch.Generator().manual_seed(cfg.seed)
         self.tensors: dict[str, Tensor] = {}
-        for name in (*ADAPTED, "head"):
-            if name == "head":
-                rows, out = 1, cfg.vocab_size
-            elif wanted[name]:
-                rows, out = n_visits, outs[name]
-            else:
-                continue
-            a = (2 * torch.rand(rows, 1, cfg.ttt_lora_rank, d, generator=g) - 1) / d**0.5
-            self.tensors[f"{name}.A"] = a.to(device).expand(-1, n_docs, -1, -1).contiguous()
-            self.tensors[f"{name}.B"] = torch.zeros(rows, n_docs, out, cfg.ttt_lora_rank, device=device)
+        for name, mine in self.slots.items():
+            a = (2 * torch.rand(len(mine), 1, cfg.ttt_lora_rank, d, generator=g) - 1) / d**0.5
+            for slot in dict.fromkeys(mine):
+                rows = [i for i, s in enumerate(mine) if s == slot]
+                self.tensors[f"{name}.A{slot}"] = a[rows].to(device).expand(-1, n_docs, -1, -1).contiguous()
+                self.tensors[f"{name}.B{slot}"] = torch.zeros(
+                    len(rows), n_docs, outs[name], cfg.ttt_lora_rank, device=device
+                )
 
     def parameters(self) -> list[Tensor]:
         return list(self.tensors.values())
 
+    def _side(self, name: str, side: str, dtype: torch.dtype) -> list[Tensor]:
+        """A or B of each visit, B with the scale of the whole product."""
+        slots, rows = self.slots[name], {}
+        for slot in set(slots):
+            whole = self.tensors[f"{name}.{side}{slot}"]
+            whole = whole if side == "A" or self.scale == 1 else self.scale * whole
+            rows[slot] = iter(whole.to(dtype).unbind(0))
+        return [next(rows[slot]) for slot in slots]
+
     def _pairs(self, name: str, dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor] | None]:
-        if f"{name}.A" not in self.tensors:
+        if name not in self.slots:
             return itertools.repeat(None)
-        a, b = (self.tensors[f"{name}.{side}"].to(dtype).unbind(0) for side in "AB")
-        return zip(a, b, strict=True)
+        return zip(*(self._side(name, side, dtype) for side in "AB"), strict=True)
 
     def per_visit(self, dtype: torch.dtype) -> Iterator[Deltas]:
         return itertools.starmap(Deltas, zip(*(self._pairs(name, dtype) for name in ADAPTED), strict=False))
@@ -3663,24 +3694,41 @@ class Adapters:
         return self
 
 
+def adapter_lr(name: str, cfg: Config) -> float:
+    """Learning rate of the tensor SITE.SIDE or SITE.SIDE.LAYER: a slope over the layers, and more of it for B.
+
+    The slope is #1695's, the ratio LoRA+'s (arXiv 2402.12354), the scale TTT_LORA_ALPHA that of #1767. None was
+    published apart from the changes it came with. The head has no layer and keeps TTT_LORA_LR. The decoupled decay goes
+    along with the rate.
+    """
+    _, side, *layer = name.split(".")
+    slope = cfg.ttt_lora_layer_lr_alpha * int(layer[0]) / max(cfg.num_layers - 1, 1) if layer else 0.0
+    return cfg.ttt_lora_lr * (1 + slope) * (cfg.lora_plus_ratio if side == "B" else 1.0)
+
+
 def adapter_optimizer(adapters: Adapters, cfg: Config) -> torch.optim.Optimizer:
-    """AdamW, or SGD with momentum TTT_BETA1, over all adapters."""
-    params, decay = adapters.parameters(), cfg.ttt_weight_decay
+    """AdamW, or SGD with momentum TTT_BETA1, over all adapters; those of one learning rate are one group."""
+    rates: dict[float, list[Tensor]] = {}
+    for name, t in adapters.tensors.items():
+        rates.setdefault(adapter_lr(name, cfg), []).append(t)
+    groups, decay = [dict(params=params, lr=lr) for lr, params in rates.items()], cfg.ttt_weight_decay
     if cfg.ttt_optimizer == "sgd":
-        return torch.optim.SGD(params, cfg.ttt_lora_lr, momentum=cfg.ttt_beta1, weight_decay=decay)
-    betas, fused = (cfg.ttt_beta1, cfg.ttt_beta2), params[0].is_cuda
-    return torch.optim.AdamW(params, cfg.ttt_lora_lr, betas, eps=1e-10, weight_decay=decay, fused=fused)
+        return torch.optim.SGD(groups, cfg.ttt_lora_lr, momentum=cfg.ttt_beta1, weight_decay=decay)
+    betas, fused = (cfg.ttt_beta1, cfg.ttt_beta2), adapters.parameters()[0].is_cuda
+    return torch.optim.AdamW(groups, cfg.ttt_lora_lr, betas, eps=1e-10, weight_decay=decay, fused=fused)
 
 
 def keep_documents(adapters: Adapters, optimizer: torch.optim.Optimizer, rows: Tensor) -> None:
     """Drops the documents that are not in `rows` from the adapters and from their optimizer's state."""
+    renewed = {}
     for name, old in adapters.tensors.items():
-        new = old.detach()[:, rows].requires_grad_(True)
+        new = renewed[old] = old.detach()[:, rows].requires_grad_(True)
         state = optimizer.state.pop(old, {})
         same = {k: isinstance(s, Tensor) and s.shape == old.shape for k, s in state.items()}
         optimizer.state[new] = {k: s[:, rows] if same[k] else s for k, s in state.items()}
         adapters.tensors[name] = new
-    optimizer.param_groups[0]["params"] = adapters.parameters()
+    for group in optimizer.param_groups:
+        group["params"] = [renewed[old] for old in group["params"]]
 
 
 class Chunk(NamedTuple):
@@ -3720,7 +3768,8 @@ class TestTimeScorer:
     def run_batch(self, docs: Sequence[Document]) -> Meter:
         """All targets of `docs`, in order; a document's tokens influence only its own later chunks."""
         cfg, meter = self.cfg, Meter(self.run.device)
-        adapters = Adapters(cfg, len(docs), len(self.model.plan), self.run.device).requires_grad()
+        layers = [v.layer for v in self.model.plan]
+        adapters = Adapters(cfg, len(docs), len(layers), self.run.device, layers).requires_grad()
         optimizer = adapter_optimizer(adapters, cfg)
         cache = Cache(len(self.model.plan)) if self.cached else None
         context = 0 if self.cached else cfg.ttt_eval_seq_len
