@@ -227,6 +227,7 @@ class Config:
     wd_taper_start_frac: float = 0.0     # fraction of training from which MUON_WD falls along a line; 0: it never does
     wd_taper_final_mult: float = 0.5     # what is left of it at the end
     muon_grad_power: float = 1.0         # Muon's gradient g becomes sign(g) |g|^p before its momentum
+    bpb_weighted_loss_enabled: bool = False  # weight training losses by the bytes of their tokens: a negative control
     ttt_lora_layer_lr_alpha: float = 0.0  # adapters of layer l of L learn at TTT_LORA_LR * (1 + this * l / (L - 1))
     lora_plus_ratio: float = 1.0         # learning rate of the adapters' B over that of A
     ttt_lora_alpha: float = 0.0          # adapters add alpha / rank times B A; 0: B A, as the record
@@ -1851,16 +1852,24 @@ CASEOPS_MARKS = (
 )  # title, all caps, capital next, escape: they stand for no byte
 
 
+def silent_tokens(sp: Any) -> np.ndarray:
+    """Whether each token stands for no text at all."""
+    return np.array([sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i) for i in range(sp.vocab_size())])
+
+
+def own_bytes(sp: Any) -> np.ndarray:
+    """Bytes of each token without a leading space."""
+    pieces = [sp.id_to_piece(i) for i in range(sp.vocab_size())]
+    own = [1 if sp.is_byte(i) else len(p.removeprefix("\u2581").encode()) for i, p in enumerate(pieces)]
+    return np.where(silent_tokens(sp), 0, own)
+
+
 def table_byte_counts(sp: Any, tokens: np.ndarray) -> np.ndarray:
     """Bytes of each token of a plain SentencePiece stream: a leading space counts unless a document starts there."""
-    n = sp.vocab_size()
-    silent = np.array([sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i) for i in range(n)])
-    pieces = [sp.id_to_piece(i) for i in range(n)]
-    spaced = np.array([p.startswith("\u2581") for p in pieces]) & ~silent
-    own = [1 if sp.is_byte(i) else len(p.removeprefix("\u2581").encode()) for i, p in enumerate(pieces)]
-    own = np.where(silent, 0, own)
+    silent = silent_tokens(sp)
+    spaced = np.array([sp.id_to_piece(i).startswith("\u2581") for i in range(sp.vocab_size())]) & ~silent
     after_text = np.append(False, ~silent[tokens[:-1]])
-    return own[tokens].astype(np.int64) + (spaced[tokens] & after_text)
+    return own_bytes(sp)[tokens].astype(np.int64) + (spaced[tokens] & after_text)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -2879,13 +2888,38 @@ class Stopwatch:
         self.began = time.monotonic()
 
 
+def byte_weights(cfg: Config, run: Run) -> Tensor | None:
+    """BPB_WEIGHTED_LOSS_ENABLED: what each token's loss counts in training, its bytes and at least 1 (V,); else None.
+
+    A negative control. Bits per byte are nats over a constant number of bytes: every token's nats count alike, and the
+    plain mean is the aligned objective already. #1519 claimed -0.0194; on the record it cost +0.0619 (1.1316 against
+    1.0697). As there, a CaseOps mark weighs its UTF-8 bytes, though it stands for none. Evaluation stays unweighted.
+    """
+    if not cfg.bpb_weighted_loss_enabled:
+        return None
+    weights = torch.from_numpy(np.maximum(own_bytes(load_tokenizer(cfg)), 1)).float()
+    mean, low, high = weights.mean().item(), weights.min().item(), weights.max().item()
+    run.log(f"bpb_weighted_loss: enabled=True mean_weight={mean:.3f} min={low:.0f} max={high:.0f}")
+    return weights.to(run.device)
+
+
+def training_loss(model: GPT, batch: tuple[Tensor, Tensor, Docs], weights: Tensor | None) -> Tensor:
+    """Mean nats of a micro-batch's targets; with `weights` (V,) the mean weighted by target."""
+    inputs, targets, docs = batch
+    if weights is None:
+        return model(inputs, targets, docs=docs)
+    w = weights[targets]
+    return (w * model(inputs, targets, docs=docs, reduction="none")).sum() / w.sum()
+
+
 def train_step(
-    model: GPT, optimizer: Optimizer, loader: TrainLoader, lr_mul: float, momentum: float, wd_mul: float = 1.0
-) -> Tensor:
+    model: GPT, optimizer: Optimizer, loader: TrainLoader, lr_mul: float, momentum: float, wd_mul: float = 1.0,
+    weights: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """One optimizer step on MICRO_STEPS micro-batches; returns this rank's share of the mean loss, on the device."""
     loss_sum = torch.zeros((), device=loader.run.device)
-    for inputs, targets, docs in loader.next_step():
-        loss = model(inputs, targets, docs=docs) / MICRO_STEPS
+    for batch in loader.next_step():
+        loss = training_loss(model, batch, weights) / MICRO_STEPS
         loss.backward()
         loss_sum += loss.detach()
     optimizer.clip(optimizer.reduce())
@@ -2893,7 +2927,7 @@ def train_step(
     return loss_sum
 
 
-def prime(cfg: Config, run: Run, model: GPT, optimizer: Optimizer) -> None:
+def prime(cfg: Config, run: Run, model: GPT, optimizer: Optimizer, loss_weights: Tensor | None = None) -> None:
     """Untimed steps in each loop mode so that every kernel is built; then weights, momentum and data roll back."""
     if cfg.warmup_steps <= 0:
         return
@@ -2906,7 +2940,7 @@ def prime(cfg: Config, run: Run, model: GPT, optimizer: Optimizer) -> None:
             run.log(f"loop_warmup:enabled {describe_plan(model.plan)}")
         loader = TrainLoader(cfg, run)
         for step in range(1, cfg.warmup_steps + 1):
-            train_step(model, optimizer, loader, 1.0, cfg.muon_momentum).item()
+            train_step(model, optimizer, loader, 1.0, cfg.muon_momentum, weights=loss_weights).item()
             if step <= 6 or step % 10 == 0 or step == cfg.warmup_steps:
                 run.log(f"{'loop_' if looped else ''}warmup_step: {step}/{cfg.warmup_steps}")
         loader.close()
@@ -3018,7 +3052,8 @@ class TrainLog:
 def train(cfg: Config, run: Run, model: GPT, val: ValidationSet) -> Progress:
     """Trains until ITERATIONS or the wall-clock budget; the model ends with the averaged weights."""
     optimizer, average = Optimizer(model, cfg, run), WeightAverage(model, cfg.ema_decay)
-    prime(cfg, run, model, optimizer)
+    loss_weights = byte_weights(cfg, run)
+    prime(cfg, run, model, optimizer, loss_weights)
     progress = load_checkpoint(cfg, run, model, optimizer, average) if cfg.resume else Progress()
     loader = TrainLoader(cfg, run, progress.step)
     run.sync()
@@ -3049,7 +3084,7 @@ def train(cfg: Config, run: Run, model: GPT, val: ValidationSet) -> Progress:
             run.log(f"layer_loop:enabled step:{step} frac:{fraction:.3f} {describe_plan(model.plan)}")
         lr_mul = lr_multiplier(cfg, fraction)
         schedules = lr_mul, muon_momentum(cfg, step), wd_multiplier(cfg, fraction)
-        loss = run.sum(train_step(model, optimizer, loader, *schedules))
+        loss = run.sum(train_step(model, optimizer, loader, *schedules, loss_weights))
         average.update()
         progress.step += 1
         log.add(progress, loss, lr_mul)

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from support import LoneRun, tiny_config, tiny_model
+from support import TOKENIZER, LoneRun, documents, packed, tiny_config, tiny_model
 from test_optim import with_gradients
 from torch import Tensor
 
@@ -32,7 +33,7 @@ def trained(folder: Path, dataset: Path, **changes: Any) -> dict[str, Tensor]:
     torch.manual_seed(0)
     model = train_gpt.GPT(cfg).place(torch.device("cpu"))
     tokens = train_gpt.read_shard(train_gpt.val_files(cfg)[0])
-    val = ValidationSet(tokens, torch.ones(len(tokens), dtype=torch.int64).numpy())
+    val = ValidationSet(tokens, np.ones(len(tokens), np.int64))
     train_gpt.train(cfg, LoneRun(folder), model, val)
     return {n: p.detach().clone() for n, p in model.named_parameters()}
 
@@ -123,3 +124,67 @@ def test_the_power_is_that_of_muons_clipped_gradient() -> None:
 
 def test_power_one_is_no_power() -> None:
     assert same(stepped(muon_grad_power=1.0), stepped()) == set(stepped())
+
+
+# ---- losses weighted by bytes ----------------------------------------------------------------------------------------
+class Loader:
+    """One step of made-up micro-batches."""
+
+    def __init__(self) -> None:
+        self.run = LoneRun()
+        rows = [torch.from_numpy(documents([9, 7, 17], seed=i).astype("int64")) for i in range(8)]
+        self.batches = [(r[None, :32], r[None, 1:33], packed([9, 7, 16])) for r in rows]
+
+    def next_step(self) -> list[tuple[Tensor, Tensor, train_gpt.Docs]]:
+        return self.batches
+
+
+def gradients(weights: Tensor | None) -> tuple[float, dict[str, Tensor]]:
+    """Loss and gradients of a training step."""
+    model, grads = tiny_model(), {}
+    optimizer = Optimizer(model, tiny_config(), LoneRun())
+    optimizer.update = lambda *_: grads.update({n: p.grad.clone() for n, p in model.named_parameters()})
+    return train_gpt.train_step(model, optimizer, Loader(), 1.0, 0.9, 1.0, weights).item(), grads
+
+
+def test_the_weighted_loss_is_the_formula() -> None:
+    weights = torch.randint(1, 16, (128,)).float()
+    (loss, grads), model, want = gradients(weights), tiny_model(), 0.0
+    for inputs, targets, docs in Loader().batches:
+        ce, w = model(inputs, targets, docs=docs, reduction="none"), weights[targets]
+        want = want + (ce * w).sum() / w.sum() / 8
+    want.backward()
+    assert loss == pytest.approx(want.item(), rel=1e-6)
+    scale = Optimizer(model, tiny_config(), LoneRun())
+    scale.clip(scale.reduce())
+    assert all(torch.allclose(grads[n], p.grad, atol=1e-6) for n, p in model.named_parameters())
+    plain = gradients(None)
+    assert abs(loss - plain[0]) > 1e-3
+    assert not torch.allclose(grads["qo_bank"], plain[1]["qo_bank"], atol=1e-5)
+
+
+def test_equal_weights_are_no_weights() -> None:
+    ours, plain = gradients(torch.full((128,), 3.0)), gradients(None)
+    assert ours[0] == pytest.approx(plain[0], rel=1e-6)
+    assert all(torch.allclose(ours[1][n], g, atol=1e-6) for n, g in plain[1].items())
+
+
+def test_weights_are_the_bytes_of_the_table(capsys: pytest.CaptureFixture[str]) -> None:
+    cfg = Config(bpb_weighted_loss_enabled=True, tokenizer_path=str(TOKENIZER))
+    weights = train_gpt.byte_weights(cfg, LoneRun())
+    assert capsys.readouterr().out == "bpb_weighted_loss: enabled=True mean_weight=5.010 min=1 max=16\n"
+    sp = train_gpt.load_tokenizer(cfg)
+    for text in ("the", "\u2581the", "\u2581", "e", "<s>", "<0x41>"):
+        want = 1 if text.startswith("<") else max(1, len(text.removeprefix("\u2581").encode()))
+        assert weights[sp.piece_to_id(text)] == want, text
+    assert train_gpt.byte_weights(Config(tokenizer_path="missing"), LoneRun()) is None
+
+
+def test_evaluation_knows_no_weights(dataset: Path) -> None:
+    tokens = train_gpt.read_shard(dataset / "fineweb_val_000000.bin")
+    val = ValidationSet(tokens, np.ones(len(tokens), np.int64))
+    scores = [
+        train_gpt.evaluate(tiny_model(), val, tiny_config(bpb_weighted_loss_enabled=on), LoneRun(), "test").bpb
+        for on in (False, True)
+    ]
+    assert scores[0] == scores[1]
