@@ -102,7 +102,7 @@ for env in json.load(sys.stdin):
 
 
 def base_environment() -> dict[str, str]:
-    env = {k: v for k, v in os.environ.items() if k not in OURS}
+    env = {k: v for k, v in os.environ.items() if k not in (*OURS, "SEEDS", "NPROC", "OUT")}
     env["PRESET"] = os.environ.get("PRESET", "demo")
     env.setdefault("MAX_WALLCLOCK_SECONDS", "0")
     return env

@@ -231,6 +231,14 @@ class Config:
     ttt_lora_layer_lr_alpha: float = 0.0  # adapters of layer l of L learn at TTT_LORA_LR * (1 + this * l / (L - 1))
     lora_plus_ratio: float = 1.0         # learning rate of the adapters' B over that of A
     ttt_lora_alpha: float = 0.0          # adapters add alpha / rank times B A; 0: B A, as the record
+    tapin_enabled: bool = False          # Tap-In: mix what followed a match earlier in the document into TTT's scores
+    tapin_min_match: int = 3             # tokens that have to match
+    tapin_max_match: int = 100           # longer matches count as this long
+    tapin_mix_w: float = 0.02            # share of the hint in the mixture, before it grows with match and votes
+    tapin_ent_min: float = 0.0           # only where the model's entropy is at least this, in nats
+    tapin_v4_top_k: int = 1000           # only tokens among the model's K most likely
+    tapin_cross_enabled: bool = True     # also match text of the document that has left the context window
+    tapin_v6_cross_w: float = 0.06       # TAPIN_MIX_W of such matches
     # fmt: on
 
     @property
@@ -290,12 +298,22 @@ RETIRED = {  # names of the public script that never did, or no longer do, anyth
     "ROPE_TRAIN_SEQ_LEN": "ROPE_YARN uses TRAIN_SEQ_LEN",
     "EMBED_LR": "only an untied embedding used it; set TIED_EMBED_LR",
     "CONTROL_TENSOR_NAME_PATTERNS": "the ROLES table decides what trains how",
+    "TAPIN_V4_ENTROPY_MAX": "nothing was ever compared with it",
     "MATRIX_CLIP_SIGMAS": "every matrix has a knob of its own: ATTN_, MLP_ or EMBED_CLIP_SIGMAS",
 }
 
 REFUSED = {  # public names that would have to do something, and why they cannot, or what does it here
     "TTT_WARM_START_A": "which batches a rank scored before would decide what a document's adapters start from, so the "
     "score would depend on the number of ranks and on their speed: leave it out",
+    "TAPIN_TOP_K": "set TAPIN_V4_TOP_K, the name that the public program read",
+    "TAPIN_CROSS_W": "set TAPIN_V6_CROSS_W, the name that the public program read",
+    "TAPIN_BOOST_PER_MATCH": "set TAPIN_MIX_W, the name that the public program read",
+    "TAPIN_V4_BOOST_PER_MATCH": "set TAPIN_MIX_W",
+    "TAPIN_V4_ENABLED": "set TAPIN_ENABLED",
+    "TAPIN_V4_ENTROPY_MIN": "set TAPIN_ENT_MIN",
+    "TAPIN_V4_MIN_MATCH": "set TAPIN_MIN_MATCH",
+    "TAPIN_V4_MAX_MATCH": "set TAPIN_MAX_MATCH",
+    "TAPIN_V6_CROSS": "set TAPIN_CROSS_ENABLED",
 }
 
 BOOLEANS = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
@@ -414,6 +432,10 @@ def follow_up_rules(c: Config) -> list[tuple[bool, str]]:
         (c.lora_plus_ratio < 0 or c.ttt_lora_layer_lr_alpha < -1,
          "LORA_PLUS_RATIO must be 0 or more and TTT_LORA_LAYER_LR_ALPHA at least -1: no learning rate is negative"),
         (c.ttt_lora_alpha < 0, "TTT_LORA_ALPHA must be 0 or more"),
+        (not 1 <= c.tapin_min_match <= c.tapin_max_match, "TAPIN_MIN_MATCH must lie in 1..TAPIN_MAX_MATCH"),
+        (not (0 <= c.tapin_mix_w <= 0.5 and 0 <= c.tapin_v6_cross_w <= 0.5),
+         "TAPIN_MIX_W and TAPIN_V6_CROSS_W must lie in [0, 0.5]"),
+        (c.tapin_v4_top_k < 1, "TAPIN_V4_TOP_K must be at least 1"),
         (c.muon_grad_power <= 0, f"MUON_GRAD_POWER must be above 0, not {c.muon_grad_power}"),
     ]  # fmt: skip
 
@@ -3785,6 +3807,137 @@ def upload(values: Sequence[Any], device: torch.device) -> Tensor:
     return t.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else t
 
 
+# ---- Tap-In: what followed, earlier in the document, the tokens just read (#1518, #1555) ----------------------------
+# Worth 0.0015 to 0.002 bpb there by its authors' account, never measured apart; the run they report had w = 0.01. Their
+# matcher switched itself off on a rank where a package was missing, reached across documents, and left out the match
+# that ends one token back; none of it here.
+def repeats(x: np.ndarray, longest: int) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    """(length, places, names) for each length up to `longest` of which something occurs more than once in x.
+
+    places: where these strings of tokens end, ascending; names: equal numbers for equal strings. A string that occurs
+    twice is made of two one shorter that do, so that places get fewer with every length.
+    """
+    at, known = np.arange(len(x)), np.zeros(len(x), np.int64)
+    for length in range(1, longest + 1):
+        at = at[at >= length - 1]
+        at = at[known[at - 1] >= 0] if length > 1 else at
+        before = known[at - 1] if length > 1 else known[at]
+        _, names, counts = np.unique(before << 16 | x[at], return_inverse=True, return_counts=True)
+        again = counts[names] > 1
+        at, names = at[again], names[again]
+        if not len(at):
+            return
+        known = np.full(len(x), -1)
+        known[at] = names
+        yield length, at, names
+
+
+def longest_matches(x: np.ndarray, low: np.ndarray, high: np.ndarray, longest: int) -> tuple[np.ndarray, np.ndarray]:
+    """For each place t, over p in low[t]..high[t] - 1 <= t - 1: how many tokens up to p and up to t agree, at most
+    `longest`, and the first p with that many. Length 0 where no x[p] is x[t]."""
+    n = len(x)
+    length, place = np.zeros(n, np.int64), np.zeros(n, np.int64)
+    for long, at, names in repeats(x, longest):
+        ordered = np.sort(names * n + at)
+        found = ordered[np.searchsorted(ordered, names * n + low[at])]  # t itself is in the list: there is always one
+        found -= names * n
+        match = (found >= 0) & (found < high[at])
+        length[at[match]], place[at[match]] = long, found[match]
+    return length, place
+
+
+class Hints(NamedTuple):
+    """For each target of a document a token and its share of the mixture, 0 where there is no hint."""
+
+    tokens: np.ndarray
+    shares: np.ndarray
+
+
+def document_hints(x: np.ndarray, window_start: np.ndarray, cfg: Config) -> Hints:
+    """Hints for the token after each of x, from x up to there: x (n,) int64, window_start (n,) first visible input.
+
+    The longest match decides, inside the window if as long as any outside; its share grows with its length and with
+    the votes, the places in the same range where x[t] was followed by the same token.
+    """
+    n, t = len(x), np.arange(len(x))
+    tokens, best, shares = x.copy(), np.zeros(n, np.int64), np.zeros(n)
+    pairs = np.sort((x[:-1] << 16 | x[1:]) * n + t[:-1])
+    ranges = [(window_start, t, cfg.tapin_mix_w)]
+    if cfg.tapin_cross_enabled:
+        ranges.append((np.zeros_like(t), window_start, cfg.tapin_v6_cross_w))
+    for low, high, share in ranges:
+        length, place = longest_matches(x, low, high, cfg.tapin_max_match)
+        at = np.flatnonzero((length >= cfg.tapin_min_match) & (length > best))
+        token = x[place[at] + 1]
+        pair = (x[at] << 16 | token) * n
+        votes = np.searchsorted(pairs, pair + high[at]) - np.searchsorted(pairs, pair + low[at])
+        grown = share * (1 + 0.15 * (length[at] - cfg.tapin_min_match)) * (1 + 0.2 * np.log(votes))
+        tokens[at], best[at], shares[at] = token, length[at], np.minimum(grown, 0.5)
+    return Hints(tokens, shares.astype(np.float32))
+
+
+@torch.no_grad()
+def mix_hints(
+    logits: Tensor, targets: Tensor, losses: Tensor, tokens: Tensor, shares: Tensor, cfg: Config
+) -> tuple[Tensor, Tensor]:
+    """Nats under (1 - w) p + w [token], and where the hint counts. logits (N, C, V), everything else (N, C).
+
+    A hint counts by what the model expects, before the target is looked at, so this is a distribution over V.
+    """
+    likelier = (logits > logits.gather(-1, tokens.unsqueeze(-1))).sum(-1)
+    counts = (shares > 0) & (likelier < cfg.tapin_v4_top_k)
+    if cfg.tapin_ent_min > 0:
+        log_p = logits.log_softmax(-1)
+        counts &= -(log_p.exp() * log_p).sum(-1) >= cfg.tapin_ent_min
+    rest = torch.log1p(-shares) - losses  # log((1 - w) p) of the target
+    mixed = torch.where(tokens == targets, torch.logaddexp(rest, shares.log()), rest)
+    return torch.where(counts, -mixed, losses), counts
+
+
+class TapIn:
+    """The hints of a batch of documents; only scores change, adapters learn from the model's own losses."""
+
+    def __init__(self, scorer: TestTimeScorer):
+        self.scorer, self.cfg = scorer, scorer.cfg
+        self.of: dict[Document, Hints] = {}
+        self.used = torch.zeros((), dtype=torch.float64, device=scorer.run.device)
+
+    def read(self, docs: Sequence[Document]) -> None:
+        """Hints of every target of `docs`, in place of those of the last batch."""
+        cfg, self.of = self.cfg, {}
+        for d in docs:
+            x = self.scorer.val.tokens[d.start : d.start + d.n_targets].astype(np.int64)
+            plan = windows(d.n_targets, cfg.ttt_chunk_size, cfg.ttt_eval_seq_len)
+            self.of[d] = document_hints(x, np.repeat([w.start for w in plan], [w.count for w in plan]), cfg)
+
+    def chunk(self, parts: Sequence[tuple[Document, Window | None, bool]]) -> tuple[Tensor, Tensor]:
+        """Tokens and shares (N, C) of one chunk, on the device."""
+        tokens = np.zeros((len(parts), self.cfg.ttt_chunk_size), np.int64)
+        shares = np.zeros(tokens.shape, np.float32)
+        for i, (d, w, _) in enumerate(parts):
+            if w is not None:
+                first = w.start + w.offset
+                tokens[i, : w.count] = self.of[d].tokens[first : first + w.count]
+                shares[i, : w.count] = self.of[d].shares[first : first + w.count]
+        return upload(tokens, self.scorer.run.device), upload(shares, self.scorer.run.device)
+
+    def score_chunk(
+        self, chunk: Chunk, hints: tuple[Tensor, Tensor], adapters: Adapters, cache: Cache | None
+    ) -> tuple[Tensor, Tensor]:
+        """Nats (N, C) of the chunk's targets without hints, to learn from, and with them."""
+        logits = self.scorer.model(chunk.inputs, adapters=adapters, at=chunk.at, cache=cache)
+        losses = F.cross_entropy(logits.flatten(0, 1), chunk.targets.flatten(), reduction="none")
+        losses = losses.view_as(chunk.targets)
+        mixed, counts = mix_hints(logits.detach(), chunk.targets, losses.detach(), *hints, self.cfg)
+        self.used += (counts & chunk.scored).sum()
+        return losses, mixed
+
+    def log(self, n_targets: int) -> None:
+        """A collective."""
+        used = self.scorer.run.sum(self.used.clone()).item()
+        self.scorer.run.log(f"tapin: hints counted at {used:.0f} of {n_targets} targets ({used / n_targets:.2%})")
+
+
 class TestTimeScorer:
     """Scores batches of documents, each with adapters of its own that learn from what has been scored."""
 
@@ -3795,6 +3948,7 @@ class TestTimeScorer:
         self.cached = cfg.ttt_context == "cached"
         self.window_step = min(64, cfg.ttt_eval_seq_len) if model.kernels.fused and not self.cached else 1
         self.byte_sums = np.concatenate([[0], np.cumsum(val.token_bytes)])
+        self.tapin = TapIn(self) if cfg.tapin_enabled else None
 
     def bytes_of(self, doc: Document) -> int:
         """Original bytes of a document's targets."""
@@ -3810,13 +3964,17 @@ class TestTimeScorer:
         context = 0 if self.cached else cfg.ttt_eval_seq_len
         plans = [windows(d.n_targets, cfg.ttt_chunk_size, context) for d in docs]
         rows = list(range(len(docs)))
+        if self.tapin:
+            self.tapin.read(docs)
         for i in range(max(map(len, plans))):
             rows = self.drop_finished(rows, [len(p) > i for p in plans], adapters, optimizer, cache)
-            chunk = self.gather(
-                [(docs[r], plans[r][i] if i < len(plans[r]) else None, i + 1 < len(plans[r])) for r in rows]
-            )
-            losses = self.score_chunk(chunk, adapters, cache)
-            meter.add(losses * chunk.scored, chunk.n_tokens, chunk.n_bytes)
+            parts = [(docs[r], plans[r][i] if i < len(plans[r]) else None, i + 1 < len(plans[r])) for r in rows]
+            chunk = self.gather(parts)
+            if self.tapin:
+                losses, scores = self.tapin.score_chunk(chunk, self.tapin.chunk(parts), adapters, cache)
+            else:
+                losses = scores = self.score_chunk(chunk, adapters, cache)
+            meter.add(scores * chunk.scored, chunk.n_tokens, chunk.n_bytes)
             self.learn_chunk(chunk, losses, adapters, optimizer, cache)
             if cache:
                 cache.commit(chunk.inputs.size(1), cfg.ttt_eval_seq_len - cfg.ttt_chunk_size)
@@ -3960,6 +4118,8 @@ def adapt_and_score(model: GPT, val: ValidationSet, cfg: Config, run: Run) -> tu
             adapt_base(model, val, scored, cfg, run, number)
             run.log(f"ttpr: phase:{number}/{len(phases) - 1} t:{time.monotonic() - began:.1f}s")
     total.expect(sum(d.n_targets for d in scored), sum(scorer.bytes_of(d) for d in scored))
+    if scorer.tapin:
+        scorer.tapin.log(total.tokens)
     if cfg.val_doc_fraction == 1 and not cfg.ttt_eval_batches:
         total.expect(val.n_targets, val.n_bytes)
     return total, time.monotonic() - began

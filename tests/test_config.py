@@ -184,6 +184,9 @@ REFUSED = [
     ({"TTT_LORA_LAYER_LR_ALPHA": -2}, "TTT_LORA_LAYER_LR_ALPHA"),
     ({"TTT_LORA_ALPHA": -1}, "TTT_LORA_ALPHA"),
     ({"TTT_WARM_START_A": 1}, "number of ranks"),
+    ({"TAPIN_MIN_MATCH": 101}, "TAPIN_MIN_MATCH"),
+    ({"TAPIN_MIX_W": 0.6}, "TAPIN_MIX_W"),
+    ({"TAPIN_V4_TOP_K": 0}, "TAPIN_V4_TOP_K"),
 ]
 
 

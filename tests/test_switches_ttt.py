@@ -3,15 +3,34 @@
 from __future__ import annotations
 
 import itertools
+import math
+import re
+import time
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from support import LoneRun, documents, tiny_config
 from test_ttt import LENGTHS, Recorder, looped_model, validation, whole_run
 from torch import Tensor
 
-from train_gpt import Adapters, Config, adapter_lr, adapter_optimizer, keep_documents
+from train_gpt import (
+    BOS,
+    Adapters,
+    Config,
+    ConfigError,
+    adapter_lr,
+    adapter_optimizer,
+    document_hints,
+    keep_documents,
+    load_config,
+    mix_hints,
+    windows,
+)
 from train_gpt import TestTimeScorer as Scorer  # under its own name it would look like a class of tests
 
 
@@ -143,3 +162,148 @@ def test_documents_together_learn_as_alone(recorder: Recorder, changes: dict[str
         scorer.run_batch([d])
     alone = recorder.take()
     assert all(together[p] == pytest.approx(alone[p], abs=1e-5, rel=1e-5) for p in alone)
+
+
+# ---- Tap-In ----------------------------------------------------------------------------------------------------------
+def slow_hint(x: Sequence[int], t: int, start: int, cfg: Config) -> tuple[int, float]:
+    """The hint after x[: t + 1] and its share, candidate by candidate; reads nothing behind t."""
+    best, hint, share = 0, 0, 0.0
+    ranges = [(start, t, cfg.tapin_mix_w), (0, start, cfg.tapin_v6_cross_w)]
+    for low, high, base in ranges[: 1 + cfg.tapin_cross_enabled]:
+        found = []
+        for p in range(low, high):
+            length = 0
+            while length < min(cfg.tapin_max_match, p + 1) and x[p - length] == x[t - length]:
+                length += 1
+            found.append(length)
+        longest = max(found, default=0)
+        if longest < cfg.tapin_min_match or longest <= best:
+            continue
+        best, hint = longest, x[low + found.index(longest) + 1]
+        votes = sum(x[p] == x[t] and x[p + 1] == hint for p in range(low, high))
+        share = min(0.5, base * (1 + 0.15 * (best - cfg.tapin_min_match)) * (1 + 0.2 * math.log(votes)))
+    return hint, share
+
+
+texts = st.lists(st.integers(0, 3), min_size=1, max_size=60) | st.integers(1, 4).flatmap(
+    lambda n: st.lists(st.integers(8, 8 + n), min_size=1, max_size=25).map(lambda x: x * 3)
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(x=texts, context=st.integers(1, 70), low=st.integers(1, 4), more=st.integers(0, 9), cross=st.booleans())
+def test_hints_are_those_of_the_slow_matcher(x: list[int], context: int, low: int, more: int, cross: bool) -> None:
+    cfg = Config(tapin_min_match=low, tapin_max_match=low + more, tapin_cross_enabled=cross)
+    starts = np.maximum(np.arange(len(x)) + 1 - context, 0)
+    hints = document_hints(np.array(x), starts, cfg)
+    for t in range(len(x)):
+        token, share = slow_hint(x, t, int(starts[t]), cfg)
+        assert hints.shares[t] == pytest.approx(share, rel=1e-6), t
+        assert share == 0 or hints.tokens[t] == token, t
+
+
+def test_a_later_token_changes_no_hint() -> None:
+    x = np.random.RandomState(0).randint(0, 4, 200)
+    starts, cfg = np.maximum(np.arange(200) - 30, 0), Config(tapin_min_match=2)
+    before = document_hints(x, starts, cfg)
+    assert (before.shares > 0).sum() > 100
+    for t in (20, 77, 150, 199):
+        other = x.copy()
+        other[t:] = 9
+        after = document_hints(other, starts, cfg)
+        assert np.array_equal(before.tokens[:t], after.tokens[:t])
+        assert np.array_equal(before.shares[:t], after.shares[:t])
+
+
+def test_repeated_text_costs_little() -> None:
+    """A document of one token is the worst case: 20,000 tokens match everywhere at every length."""
+    began = time.monotonic()
+    x = np.full(20_000, 8)
+    hints = document_hints(x, np.maximum(np.arange(len(x)) - 2048, 0), Config())
+    assert hints.shares[-1] == 0.5
+    assert time.monotonic() - began < 20
+
+
+@pytest.mark.parametrize("changes", [{}, dict(tapin_ent_min=3.0), dict(tapin_v4_top_k=3)], ids=str)
+def test_mixtures_are_distributions(changes: dict[str, Any]) -> None:
+    """Summed over every target there could be; where a hint counts does not depend on the target."""
+    cfg, v, g = Config(**changes), 40, torch.Generator().manual_seed(0)
+    logits = 3 * torch.randn(2, 5, v, generator=g)
+    tokens, shares = torch.randint(0, v, (2, 5), generator=g), torch.tensor([0.5, 0.1, 0.0, 0.02, 0.3]).repeat(2, 1)
+    total, seen = torch.zeros(2, 5), []
+    for target in range(v):
+        targets = torch.full((2, 5), target)
+        losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(2, 5)
+        mixed, counts = mix_hints(logits, targets, losses, tokens, shares, cfg)
+        total += (-mixed).exp()
+        seen.append(counts)
+        w = torch.where(counts, shares, 0.0)
+        assert torch.allclose((-mixed).exp(), (1 - w) * (-losses).exp() + w * (tokens == target), atol=1e-6)
+    assert torch.allclose(total, torch.ones(2, 5), atol=1e-5)
+    assert all(torch.equal(c, seen[0]) for c in seen)
+    p = logits.softmax(-1)
+    entropy, rank = -(p * p.log()).sum(-1), (logits > logits.gather(-1, tokens[..., None])).sum(-1)
+    want = (shares > 0) & (entropy >= cfg.tapin_ent_min) & (rank < cfg.tapin_v4_top_k)
+    assert torch.equal(seen[0], want)
+    assert not changes or want.sum() < 8, "the condition decides something"
+
+
+REPEATING = np.concatenate([np.append(BOS, np.tile(np.arange(20, 20 + n), 6)) for n in (3, 7, 5)]).astype(np.uint16)
+TAPIN = dict(tapin_enabled=True, tapin_min_match=1, tapin_mix_w=0.3, tapin_v6_cross_w=0.3, tapin_v4_top_k=128)
+
+
+@pytest.mark.parametrize("context", ["rerun", "cached"])
+def test_hints_change_scores_and_nothing_that_is_learned(recorder: Recorder, context: str) -> None:
+    """Undone with the hints' own shares, the scores are those of a run without: the adapters learned the same."""
+    results = []
+    for changes in ({}, TAPIN, TAPIN | dict(tapin_mix_w=0.0, tapin_v6_cross_w=0.0)):
+        meter = whole_run(REPEATING, ttt_context=context, **changes)
+        results.append((meter, recorder.take()))
+    (plain_meter, plain), (mixed_meter, mixed), (_, none) = results
+    assert none == plain, "a share of 0 is no hint, to the bit"
+    assert mixed_meter.nats < plain_meter.nats, "this text repeats"
+    cfg, val = looped_model(ttt_context=context, **TAPIN).cfg, validation(REPEATING)
+    changed = 0
+    for d in val.documents():
+        x = REPEATING[d.start : d.start + d.n_targets].astype(np.int64)
+        plan = windows(d.n_targets, cfg.ttt_chunk_size, cfg.ttt_eval_seq_len)
+        hints = document_hints(x, np.repeat([w.start for w in plan], [w.count for w in plan]), cfg)
+        for i in range(d.n_targets):
+            at, hit = d.start + 1 + i, hints.tokens[i] == val.tokens[d.start + 1 + i]
+            want = -math.log((1 - hints.shares[i]) * math.exp(-plain[at]) + hints.shares[i] * hit)
+            assert mixed[at] == pytest.approx(want, abs=1e-4)
+            changed += hints.shares[i] > 0
+    assert changed > 50
+
+
+def test_hints_read_nothing_ahead(recorder: Recorder) -> None:
+    """As without them: a token changes no score before it, nor any of another document of its batch."""
+    model = looped_model(**TAPIN)
+    scorer = Scorer(model, validation(REPEATING), model.cfg, LoneRun())
+    scorer.run_batch(scorer.val.documents())
+    before = recorder.take()
+    for t in (5, 20, 40, 70):
+        other = REPEATING.copy()
+        other[t] = 90
+        scorer = Scorer(model, validation(other), model.cfg, LoneRun())
+        scorer.run_batch(scorer.val.documents())
+        after = recorder.take()
+        changed = {p for p in before if after[p] != before[p]}
+        mine = next(d for d in scorer.val.documents() if d.start <= t < d.start + d.n_targets)
+        assert t in changed
+        assert changed <= set(range(t, mine.start + mine.n_targets + 1))
+
+
+def test_the_log_says_how_often_hints_count(capsys: pytest.CaptureFixture[str]) -> None:
+    whole_run(REPEATING, **TAPIN)
+    line = re.search(r"tapin: hints counted at (\d+) of 92 targets \((.*)%\)", capsys.readouterr().out)
+    assert 50 < int(line[1]) < 92
+    assert float(line[2]) == pytest.approx(100 * int(line[1]) / 92, abs=0.01)
+    whole_run(REPEATING)
+    assert "tapin" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["TAPIN_TOP_K", "TAPIN_CROSS_W", "TAPIN_BOOST_PER_MATCH", "TAPIN_V4_MIN_MATCH"])
+def test_names_that_nothing_reads_are_refused_with_the_right_one(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{name}: set TAPIN_"):
+        load_config({name: "2"})
