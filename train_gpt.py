@@ -239,6 +239,10 @@ class Config:
     tapin_v4_top_k: int = 1000           # only tokens among the model's K most likely
     tapin_cross_enabled: bool = True     # also match text of the document that has left the context window
     tapin_v6_cross_w: float = 0.06       # TAPIN_MIX_W of such matches
+    eval_hash_emb_enabled: bool = False  # TTT: add a vector for each pair of neighbors, learned by the base SGD
+    eval_hash_emb_buckets: int = 16384   # vectors; pairs are hashed to them
+    eval_hash_emb_lr_mult: float = 10.0  # learning rate of both eval embeddings over GLOBAL_TTT_LR
+    eval_loop_emb_enabled: bool = False  # TTT: the same for each pass of the loop, where it enters LOOP_START
     # fmt: on
 
     @property
@@ -435,6 +439,10 @@ def follow_up_rules(c: Config) -> list[tuple[bool, str]]:
         (not 1 <= c.tapin_min_match <= c.tapin_max_match, "TAPIN_MIN_MATCH must lie in 1..TAPIN_MAX_MATCH"),
         (not (0 <= c.tapin_mix_w <= 0.5 and 0 <= c.tapin_v6_cross_w <= 0.5),
          "TAPIN_MIX_W and TAPIN_V6_CROSS_W must lie in [0, 0.5]"),
+        (c.eval_hash_emb_buckets < 1, "EVAL_HASH_EMB_BUCKETS must be at least 1"),
+        (c.eval_hash_emb_enabled and c.ttt_context == "cached",
+         "TTT_CONTEXT=cached does not know the token before a chunk: set it to rerun, or EVAL_HASH_EMB_ENABLED=0"),
+        (c.eval_loop_emb_enabled and c.num_loops == 0, "EVAL_LOOP_EMB_ENABLED=1 needs a loop: set NUM_LOOPS"),
         (c.tapin_v4_top_k < 1, "TAPIN_V4_TOP_K must be at least 1"),
         (c.muon_grad_power <= 0, f"MUON_GRAD_POWER must be above 0, not {c.muon_grad_power}"),
     ]  # fmt: skip
@@ -2405,6 +2413,7 @@ class GPT(nn.Module):
     ):
         super().__init__()
         self.cfg, self.kernels, self.dtype, self.looped = cfg, kernels, dtype, False
+        self.eval_embeddings: EvalEmbeddings | None = None  # only while scoring, and never among the parameters
         n_layers, d, kv = cfg.num_layers, cfg.model_dim, cfg.num_kv_heads * cfg.head_dim
         args = (cfg.loop_start, cfg.loop_end, cfg.parallel_start_layer)
         self.plans = {on: plan_depth(n_layers, cfg.num_loops if on else 0, *args) for on in (False, True)}
@@ -2485,6 +2494,8 @@ class GPT(nn.Module):
     def embed(self, tokens: Tensor) -> Tensor:
         """(B, T) -> (B, T, D), normed."""
         x = F.embedding(tokens, self.tok_emb.weight).to(self.dtype)
+        if self.eval_embeddings:
+            x = self.eval_embeddings.add_pairs(x, tokens)
         if self.cfg.smear_gate_enabled:
             w, strength = self.smear_gate.weight.to(x.dtype), self.smear_lambda.to(x.dtype)
             gate = strength * F.linear(x[:, 1:, : self.cfg.gate_window], w).sigmoid()
@@ -2509,7 +2520,7 @@ class GPT(nn.Module):
 
         x = x0 = self.embed(tokens)
         lane, kept = None, []
-        for visit, deltas, past in zip(self.plan, visit_deltas, pasts, strict=False):
+        for at, (visit, deltas, past) in enumerate(zip(self.plan, visit_deltas, pasts, strict=False)):
             where = ctx._replace(past=past)
             args = layers[visit.layer], self.layer_constants[visit.layer], where, self.scaled(deltas, visit.layer)
             peek = tap and (lambda site, t, i=visit.layer: tap(f"blocks.{i}.{site}", t))
@@ -2517,6 +2528,8 @@ class GPT(nn.Module):
                 lane = x  # before the skip, which is merged into the attention lane alone
             if visit.skip is not None and kept:
                 x = kernels.merge(x, kept.pop(), skip_weights[visit.skip], gates[visit.skip])
+            if self.eval_embeddings:
+                x = self.eval_embeddings.add_pass(x, at)
             if visit.two_lane:
                 x, lane, x0 = kernels.two_lane(x, lane, x0, *args, peek)
             else:
@@ -3807,6 +3820,42 @@ def upload(values: Sequence[Any], device: torch.device) -> Tensor:
     return t.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else t
 
 
+class EvalEmbeddings:
+    """Vectors that exist while TTT scores, start at zero, and learn with the base model from scored documents (#1555).
+
+    pairs (buckets, D): for a token and the one before it. passes (passes, D): for each entry to LOOP_START. Published
+    in 1.07636 bpb with Tap-In, never measured apart. They are no parameters of the model: no artifact knows them.
+    """
+
+    def __init__(self, model: GPT, device: torch.device | str):
+        cfg, d = model.cfg, model.cfg.model_dim
+        self.tensors: dict[str, Tensor] = {}
+        if cfg.eval_hash_emb_enabled:
+            self.tensors["pairs"] = torch.zeros(cfg.eval_hash_emb_buckets, d, device=device)
+        # The visit at which each pass begins.
+        self.entries = [i for i, v in enumerate(model.plan) if v.layer == cfg.loop_start]
+        if cfg.eval_loop_emb_enabled:
+            self.tensors["passes"] = torch.zeros(len(self.entries), d, device=device)
+
+    def parameters(self) -> list[Tensor]:
+        return list(self.tensors.values())
+
+    def add_pairs(self, x: Tensor, tokens: Tensor) -> Tensor:
+        """x (B, T, D) with the pairs' vectors; a text's or window's first token has no predecessor."""
+        if "pairs" not in self.tensors:
+            return x
+        table = self.tensors["pairs"]
+        index = (2039 * tokens[:, :-1] + tokens[:, 1:]) % len(table)
+        vectors = F.embedding(index, table) * (tokens[:, 1:, None] != BOS)
+        return torch.cat((x[:, :1], x[:, 1:] + vectors.to(x.dtype)), dim=1)
+
+    def add_pass(self, x: Tensor, visit: int) -> Tensor:
+        """x (B, T, D) at the beginning of a visit, with the vector of the pass that begins there."""
+        if "passes" not in self.tensors or visit not in self.entries:
+            return x
+        return x + self.tensors["passes"][self.entries.index(visit)].to(x.dtype)
+
+
 # ---- Tap-In: what followed, earlier in the document, the tokens just read (#1518, #1555) ----------------------------
 # Worth 0.0015 to 0.002 bpb there by its authors' account, never measured apart; the run they report had w = 0.01. Their
 # matcher switched itself off on a rank where a package was missing, reached across documents, and left out the match
@@ -3863,7 +3912,7 @@ def document_hints(x: np.ndarray, window_start: np.ndarray, cfg: Config) -> Hint
     tokens, best, shares = x.copy(), np.zeros(n, np.int64), np.zeros(n)
     pairs = np.sort((x[:-1] << 16 | x[1:]) * n + t[:-1])
     ranges = [(window_start, t, cfg.tapin_mix_w)]
-    if cfg.tapin_cross_enabled:
+    if cfg.tapin_cross_enabled and window_start.any():
         ranges.append((np.zeros_like(t), window_start, cfg.tapin_v6_cross_w))
     for low, high, share in ranges:
         length, place = longest_matches(x, low, high, cfg.tapin_max_match)
@@ -4099,6 +4148,8 @@ def adapt_and_score(model: GPT, val: ValidationSet, cfg: Config, run: Run) -> tu
     """
     scorer = TestTimeScorer(model, val, cfg, run)
     warm_up_ttt(scorer)
+    if cfg.eval_hash_emb_enabled or cfg.eval_loop_emb_enabled:
+        model.eval_embeddings = EvalEmbeddings(model, run.device)  # after the warm-up, whose text is random
     documents = sampled_documents(val, cfg)
     phases = only_batches(plan_phases(documents, cfg), cfg)
     n_batches = max((n for p in phases for n in p.numbers), default=0)
@@ -4118,6 +4169,7 @@ def adapt_and_score(model: GPT, val: ValidationSet, cfg: Config, run: Run) -> tu
             adapt_base(model, val, scored, cfg, run, number)
             run.log(f"ttpr: phase:{number}/{len(phases) - 1} t:{time.monotonic() - began:.1f}s")
     total.expect(sum(d.n_targets for d in scored), sum(scorer.bytes_of(d) for d in scored))
+    model.eval_embeddings = None
     if scorer.tapin:
         scorer.tapin.log(total.tokens)
     if cfg.val_doc_fraction == 1 and not cfg.ttt_eval_batches:
@@ -4172,14 +4224,21 @@ def adapt_base(model: GPT, val: ValidationSet, scored: Sequence[Document], cfg: 
     text = np.concatenate([*(val.tokens[d.start : d.start + d.n_targets] for d in scored), [BOS]]).astype(np.uint16)
     model.requires_grad_(True)
     params = list(model.parameters())
-    optimizer = torch.optim.SGD(params, lr=cfg.global_ttt_lr, momentum=cfg.global_ttt_momentum)
+    groups = [dict(params=params, times=1.0)]
+    if model.eval_embeddings:
+        more = [t.requires_grad_(True) for t in model.eval_embeddings.parameters()]
+        groups.append(dict(params=more, times=cfg.eval_hash_emb_lr_mult))
+        params = params + more
+    optimizer = torch.optim.SGD(groups, lr=cfg.global_ttt_lr, momentum=cfg.global_ttt_momentum)
     seq, chunk_tokens = cfg.eval_seq_len, cfg.global_ttt_chunk_tokens
     n_chunks = math.ceil((len(text) - 1) / chunk_tokens)
     share = min(math.ceil(chunk_tokens / seq / run.world), cfg.global_ttt_batch_seqs) * seq
     began = time.monotonic()
     for chunk in range(n_chunks):
         end = min((chunk + 1) * chunk_tokens, len(text) - 1)
-        lr = optimizer.param_groups[0]["lr"] = base_lr(cfg, chunk, n_chunks)
+        lr = base_lr(cfg, chunk, n_chunks)
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group["times"]
         steps = [range(a, min(a + share * run.world, end)) for a in range(chunk * chunk_tokens, end, share * run.world)]
         for span in steps * cfg.global_ttt_epochs:
             a = min(span.start + run.rank * share, span.stop)
@@ -4194,7 +4253,8 @@ def adapt_base(model: GPT, val: ValidationSet, scored: Sequence[Document], cfg: 
         if phase:
             run.metric("base_sgd", phase=phase, chunk=chunk, lr=lr, loss=mean_loss)
             run.progress(f"base learning {phase}", chunk + 1, n_chunks, began)
-    model.requires_grad_(False)
+    for p in params:
+        p.requires_grad_(False)
 
 
 def base_loss(model: GPT, tokens: np.ndarray, row: int, cfg: Config, run: Run) -> Tensor:

@@ -14,21 +14,27 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import LoneRun, documents, tiny_config
+from support import LoneRun, documents, packed, tiny_config
 from test_ttt import LENGTHS, Recorder, looped_model, validation, whole_run
 from torch import Tensor
 
+import train_gpt
 from train_gpt import (
     BOS,
+    GPT,
     Adapters,
     Config,
     ConfigError,
+    Document,
+    EvalEmbeddings,
+    adapt_base,
     adapter_lr,
     adapter_optimizer,
     document_hints,
     keep_documents,
     load_config,
     mix_hints,
+    plan_phases,
     windows,
 )
 from train_gpt import TestTimeScorer as Scorer  # under its own name it would look like a class of tests
@@ -307,3 +313,128 @@ def test_the_log_says_how_often_hints_count(capsys: pytest.CaptureFixture[str]) 
 def test_names_that_nothing_reads_are_refused_with_the_right_one(name: str) -> None:
     with pytest.raises(ConfigError, match=f"^{name}: set TAPIN_"):
         load_config({name: "2"})
+
+
+# ---- embeddings that exist while scoring -----------------------------------------------------------------------------
+EVAL = dict(eval_hash_emb_enabled=True, eval_hash_emb_buckets=64, eval_loop_emb_enabled=True)
+
+
+def with_embeddings(**changes: Any) -> GPT:
+    """A looped model whose eval embeddings are not zero."""
+    model = looped_model(**EVAL, **changes)
+    model.eval_embeddings, g = EvalEmbeddings(model, "cpu"), torch.Generator().manual_seed(4)
+    for t in model.eval_embeddings.parameters():
+        t.copy_(torch.randn(t.shape, generator=g))
+    return model
+
+
+def text_row(*lengths: int) -> Tensor:
+    return torch.from_numpy(documents(lengths).astype("int64"))[None]
+
+
+def test_pairs_are_hashed_and_masked_at_document_starts() -> None:
+    model, tokens = with_embeddings(), text_row(5, 1, 4)
+    zeros = torch.zeros(1, 10, 32)
+    added = model.eval_embeddings.add_pairs(zeros, tokens)
+    table, ids = model.eval_embeddings.tensors["pairs"], tokens[0].tolist()
+    for t in range(10):
+        first = t == 0 or ids[t] == BOS
+        want = torch.zeros(32) if first else table[(2039 * ids[t - 1] + ids[t]) % 64]
+        assert torch.equal(added[0, t], want), t
+    assert sum(i == BOS for i in ids) == 3
+
+
+def test_every_pass_has_its_vector_where_it_enters_the_loop() -> None:
+    model, tokens = with_embeddings(num_loops=2), text_row(9)
+    passes = model.eval_embeddings.tensors["passes"]
+    assert [model.plan[i].layer for i in model.eval_embeddings.entries] == [1, 1, 1]
+    assert len(passes) == 3
+    passes.requires_grad_(True)
+    logits = model(tokens)
+    logits.square().sum().backward()
+    assert passes.grad.abs().amax(1).min() > 1e-3
+    with torch.no_grad():
+        for i in range(3):
+            passes[i].add_(1)
+            assert not torch.allclose(model(tokens), logits, atol=1e-3), i
+            passes[i].sub_(1)
+    model.looped = False
+    assert len(EvalEmbeddings(model, "cpu").tensors["passes"]) == 1, "without the loop there is one entry"
+
+
+@pytest.mark.parametrize("packed_row", [False, True])
+def test_new_embeddings_change_nothing(packed_row: bool) -> None:
+    plain, model, tokens = looped_model(), looped_model(**EVAL), text_row(6, 5)
+    docs = packed((6, 5)) if packed_row else None
+    model.eval_embeddings = EvalEmbeddings(model, "cpu")
+    assert torch.equal(model(tokens, docs=docs), plain(tokens, docs=docs))
+    assert model.state_dict().keys() == plain.state_dict().keys()
+    assert [n for n, _ in model.named_parameters()] == [n for n, _ in plain.named_parameters()]
+
+
+def test_embeddings_learn_with_the_base_at_their_rate() -> None:
+    """The first step is SGD on the joint, clipped gradient, ten times as long for them; then nothing learns any more."""
+    val, changes = validation(documents((9, 6), seed=2)), dict(eval_hash_emb_lr_mult=10.0, global_ttt_grad_clip=0.5)
+    results = []
+    for by_hand in (False, True):
+        model = looped_model(**EVAL, **changes)
+        model.eval_embeddings = EvalEmbeddings(model, "cpu")
+        params, extra = list(model.parameters()), model.eval_embeddings.parameters()
+        if by_hand:
+            for p in params + extra:
+                p.requires_grad_(True)
+            text = torch.from_numpy(np.append(val.tokens[:9], BOS).astype("int64"))[None]
+            model(text[:, :-1], text[:, 1:]).backward()
+            torch.nn.utils.clip_grad_norm_(params + extra, 0.5)
+            rate = model.cfg.global_ttt_lr
+            results.append([p.detach() - rate * p.grad for p in params] + [-10 * rate * t.grad for t in extra])
+        else:
+            adapt_base(model, val, [Document(0, 9)], model.cfg, LoneRun(), 1)
+            assert not any(p.requires_grad for p in params + extra)
+            results.append([p.detach().clone() for p in params + extra])
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(*results, strict=True))
+    assert all(t.abs().max() > 1e-4 for t in results[0][-2:])
+
+
+def test_embeddings_that_do_not_learn_change_no_score(recorder: Recorder) -> None:
+    plain, same = losses_of(recorder), losses_of(recorder, **EVAL, eval_hash_emb_lr_mult=0.0)
+    order = [d.start + 1 + i for p in plan_phases(validation(documents(LENGTHS)).documents(), tiny_config())[:1]
+             for b in p.batches for d in b for i in range(d.n_targets)]  # fmt: skip
+    learned = losses_of(recorder, **EVAL)
+    assert learned.keys() == plain.keys() == same.keys()
+    assert all(learned[p] == plain[p] == same[p] for p in order), "nothing is learned before the first phase ends"
+    later = [p for p in plain if p not in order]
+    assert sum(abs(learned[p] - plain[p]) > 1e-4 for p in later) > len(later) / 2
+
+
+def test_embeddings_are_gone_after_scoring_and_fresh_in_every_run(recorder: Recorder) -> None:
+    model, val = looped_model(**EVAL), validation(documents(LENGTHS))
+    saved = {n: p.clone() for n, p in model.state_dict().items()}
+    runs = []
+    for _ in range(2):
+        train_gpt.adapt_and_score(model, val, model.cfg, LoneRun())
+        assert model.eval_embeddings is None
+        runs.append(recorder.take())
+        model.load_state_dict(saved)
+    assert runs[0] == runs[1]
+
+
+def test_embeddings_learn_from_scored_documents_alone(recorder: Recorder) -> None:
+    """Through all phases, a token changes no score of its batch's other documents or of a batch before it."""
+    tokens, changes = documents(LENGTHS), EVAL | dict(eval_hash_emb_lr_mult=10.0)
+    whole_run(tokens, **changes)
+    before = recorder.take()
+    docs = validation(tokens).documents()
+    batches = [b for p in plan_phases(docs, tiny_config()) for b in p.batches]
+    batch_of = {d.start + 1 + i: k for k, b in enumerate(batches) for d in b for i in range(d.n_targets)}
+    felt = 0
+    for t in (4, 40, 90):
+        other = tokens.copy()
+        other[t] = 9 if tokens[t] != 9 else 10
+        whole_run(other, **changes)
+        after = recorder.take()
+        mine = next(d for d in docs if d.start < t <= d.start + d.n_targets)
+        changed = [p for p in before if after[p] != before[p]]
+        assert all(t <= p <= mine.start + mine.n_targets or batch_of[p] > batch_of[t] for p in changed)
+        felt += any(batch_of[p] > batch_of[t] for p in changed)
+    assert felt
