@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from pipeline_tools import UNMINIFIED, make_shards, run, together
 from support import TOKENIZER, LoneRun, documents, packed, tiny_config, tiny_model
 from test_optim import with_gradients
 from torch import Tensor
@@ -188,3 +191,29 @@ def test_evaluation_knows_no_weights(dataset: Path) -> None:
         for on in (False, True)
     ]
     assert scores[0] == scores[1]
+
+
+# ---- together --------------------------------------------------------------------------------------------------------
+ALL_ON = dict(
+    WD_TAPER_START_FRAC=0.5, WD_TAPER_FINAL_MULT=0.2, MUON_GRAD_POWER=0.9, BPB_WEIGHTED_LOSS_ENABLED=1,
+    TTT_LORA_LAYER_LR_ALPHA=0.5, LORA_PLUS_RATIO=2, TTT_LORA_ALPHA=6, EVAL_HASH_EMB_ENABLED=1, EVAL_LOOP_EMB_ENABLED=1,
+    EVAL_HASH_EMB_BUCKETS=256, TAPIN_ENABLED=1, TAPIN_MIN_MATCH=2,
+)  # fmt: skip
+
+
+def test_two_processes_do_as_one_with_everything_on(tmp_path: Path) -> None:
+    """Training, artifact and phased scoring; and that each switch was on in both runs."""
+    data = make_shards(tmp_path / "data", 0, 12_000, (9, 3, 14, 6, 22, 4, 11))
+    one, two = together({
+        n: partial(run, tmp_path / n, data, {"world": world, **UNMINIFIED}, **ALL_ON)
+        for n, world in (("one", 1), ("two", 2))
+    }).values()  # fmt: skip
+    one.ok(), two.ok()
+    assert max(abs(two.losses[s] - one.losses[s]) for s in one.losses) < 1e-3
+    for key in ("bpb_float", "bpb_quantized", "bpb_ttt"):
+        assert two.result[key] == pytest.approx(one.result[key], rel=2e-3), key
+    hints = [re.search(r"^tapin: .*", r.log, re.M)[0] for r in (one, two)]
+    assert all("bpb_weighted_loss: enabled=True" in r.log for r in (one, two))
+    counted = [int(h.split()[4]) for h in hints]
+    assert counted[0] > 20
+    assert counted[1] == pytest.approx(counted[0], abs=3), "whether a token is among the likeliest is a close call"

@@ -15,6 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import LoneRun, documents, packed, tiny_config
+from test_kernels import interpreted, needs_triton, plain_and_fused
 from test_ttt import LENGTHS, Recorder, looped_model, validation, whole_run
 from torch import Tensor
 
@@ -373,7 +374,7 @@ def test_new_embeddings_change_nothing(packed_row: bool) -> None:
 
 
 def test_embeddings_learn_with_the_base_at_their_rate() -> None:
-    """The first step is SGD on the joint, clipped gradient, ten times as long for them; then nothing learns any more."""
+    """The first step is SGD on the joint, clipped gradient, ten times as long for them; then nothing learns."""
     val, changes = validation(documents((9, 6), seed=2)), dict(eval_hash_emb_lr_mult=10.0, global_ttt_grad_clip=0.5)
     results = []
     for by_hand in (False, True):
@@ -438,3 +439,23 @@ def test_embeddings_learn_from_scored_documents_alone(recorder: Recorder) -> Non
         assert all(t <= p <= mine.start + mine.n_targets or batch_of[p] > batch_of[t] for p in changed)
         felt += any(batch_of[p] > batch_of[t] for p in changed)
     assert felt
+
+
+# ---- together --------------------------------------------------------------------------------------------------------
+EVERYTHING = {**EVAL, **TAPIN, "ttt_lora_layer_lr_alpha": 0.5, "lora_plus_ratio": 2.0, "ttt_lora_alpha": 4.0}
+
+
+@needs_triton
+@interpreted
+def test_fused_kernels_score_and_learn_the_same(recorder: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All switches of scoring, in a short phased run: documents of two phases and what the base learned from them."""
+    changes = {**EVERYTHING, "ttt_chunk_size": 6, "ttt_eval_seq_len": 16, "phased_ttt_prefix_docs": 2}
+    monkeypatch.setattr(train_gpt, "warm_up_ttt", lambda _: None)  # interpreted kernels take a minute for it
+    tokens, runs = documents((9, 7, 5)), []
+    for model in plain_and_fused(changes):
+        model.requires_grad_(False)
+        train_gpt.adapt_and_score(model, validation(tokens), model.cfg, LoneRun())
+        runs.append((recorder.take(), [p.detach().clone() for p in model.parameters()]))
+    (plain, weights), (fused, others) = runs
+    assert all(fused[p] == pytest.approx(plain[p], rel=1e-3, abs=1e-3) for p in plain)
+    assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(weights, others, strict=True))
