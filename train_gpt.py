@@ -2651,7 +2651,7 @@ def muon_momentum(cfg: Config, step: int) -> float:
 
 def signed_power_(x: Tensor, power: float) -> Tensor:
     """sign(x) |x|^power in place, entry by entry; in float32, because bfloat16 would round the power, too."""
-    return x.copy_(x.abs().float().pow_(power).copysign_(x))
+    return torch.copysign(x.abs().float().pow_(power), x, out=x)
 
 
 def muon_update(grad: Tensor, buffer: Tensor, momentum: float, steps: int, row_normalize: bool) -> Tensor:
