@@ -36,6 +36,7 @@ documents.
 from __future__ import annotations
 
 import ast
+import builtins
 import contextlib
 import copy
 import difflib
@@ -58,6 +59,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 import zlib
 from collections import Counter
@@ -3919,12 +3921,24 @@ def specialized(source: str, cfg: Config) -> str:
     return ast.unparse(without_dead_code(ast.fix_missing_locations(Specialize(fixed).visit(ast.parse(source)))))
 
 
+def is_kernel(node: ast.AST) -> bool:
+    return isinstance(node, ast.FunctionDef) and any(ast.unparse(d).endswith("jit") for d in node.decorator_list)
+
+
 class StripAnnotations(ast.NodeTransformer):
-    """Drops what only readers need: annotations of signatures and of local variables, except of Triton kernels."""
+    """Drops what only readers need: annotations of signatures and of local variables. Keeps Triton kernels as they are:
+
+    `tl.constexpr` is an annotation that means something, and an argument under a shorter local name is none any more.
+    An empty function stands in the place of each, and `kernels` has its text.
+    """
+
+    def __init__(self) -> None:
+        self.kernels: list[str] = []
 
     def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:
-        if any(ast.unparse(d).endswith("jit") for d in node.decorator_list):
-            return node  # tl.constexpr is an annotation that means something
+        if is_kernel(node):
+            self.kernels.append(ast.unparse(node))
+            return ast.parse(f"def KERNEL_{len(self.kernels) - 1}_(): pass").body[0]
         every = (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs, node.args.vararg, node.args.kwarg)
         for arg in every:
             if arg is not None:
@@ -3941,15 +3955,27 @@ class StripAnnotations(ast.NodeTransformer):
         return s
 
 
-def minify(source: str) -> str:
-    """The same program without comments, docstrings, annotations and long local names."""
+def minify(source: str, keep: Sequence[str] = ()) -> str:
+    """The same program without comments, docstrings, annotations and long names; Triton kernels keep theirs, and so do
+    the globals in `keep`."""
     import python_minifier
 
-    tree = ast.fix_missing_locations(StripAnnotations().visit(ast.parse(source)))
-    return python_minifier.minify(
-        ast.unparse(tree), remove_annotations=False, remove_literal_statements=True, hoist_literals=False,
-        rename_locals=True, preserve_locals=["self"],
+    tree, strip = ast.parse(source), StripAnnotations()
+    kernels = [node for node in ast.walk(tree) if is_kernel(node)]
+    fixed = {n.id for k in kernels for n in ast.walk(k) if isinstance(n, ast.Name)} | {k.name for k in kernels}
+    plain = ast.unparse(ast.fix_missing_locations(strip.visit(tree)))
+    shorten = functools.partial(
+        python_minifier.minify, remove_annotations=False, remove_literal_statements=True, hoist_literals=False
+    )
+    short = shorten(
+        plain, rename_locals=True, preserve_locals=["self"], rename_globals=True,
+        preserve_globals=[*dir(builtins), *keep, *sorted(fixed), *(f"KERNEL_{i}_" for i in range(len(kernels)))],
     )  # fmt: skip
+    for number, kernel in enumerate(strip.kernels):
+        line = re.compile(rf"^(\s*)def KERNEL_{number}_\(\):.*$", re.M)
+        text = shorten(kernel, rename_locals=False, rename_globals=False)
+        short = line.sub(lambda m, text=text: textwrap.indent(text, m[1]), short)
+    return short
 
 
 STUB = """# -*- coding: latin-1 -*-

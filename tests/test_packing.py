@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import hashlib
 import json
@@ -380,7 +381,9 @@ def test_the_submitted_program_runs_alone(minified: str, tmp_path: Path) -> None
     assert [p.name for p in tmp_path.iterdir()] == ["train_gpt.py"], "it leaves nothing behind"
 
 
-def test_the_minified_module_is_the_same_model(minified: str, tmp_path: Path) -> None:
+def test_the_minified_module_is_the_same_model(tmp_path: Path) -> None:
+    source = train_gpt.specialized(Path(train_gpt.__file__).read_text(), Config())
+    minified = train_gpt.minify(source, keep=["GPT", "load_config", "Docs", "unpack", "LEFT_OUT"])
     (tmp_path / "tiny_train_gpt.py").write_text(minified)
     model = tiny_model()
     model.looped = True
@@ -466,3 +469,21 @@ def test_sizes_of_a_folder_without_an_artifact(
     assert train_gpt.obey_arguments(["--size", str(tmp_path)]) == 2
     printed = capsys.readouterr()
     assert f"cannot read an artifact in {tmp_path}: " in printed.err and printed.out == ""
+
+
+def kernels_of(program: str) -> dict[str, str]:
+    """The Triton kernels of a program without their docstrings, by name."""
+    found = {}
+    for node in filter(train_gpt.is_kernel, ast.walk(ast.parse(program))):
+        if ast.get_docstring(node) is not None:
+            node.body = node.body[1:]
+        found[node.name] = ast.unparse(node)
+    return found
+
+
+def test_kernels_of_the_submission_are_those_of_the_source(minified: str) -> None:
+    """Down to every name: a `constexpr` argument that is renamed inside a kernel no longer is one, and does not compile."""
+    ours = kernels_of(Path(train_gpt.__file__).read_text())
+    assert len(ours) > 15
+    assert kernels_of(minified) == ours
+    assert len(minified) < 120_000 and "KERNEL_" not in minified
