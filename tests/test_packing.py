@@ -482,7 +482,7 @@ def kernels_of(program: str) -> dict[str, str]:
 
 
 def test_kernels_of_the_submission_are_those_of_the_source(minified: str) -> None:
-    """Down to every name: a `constexpr` argument that is renamed inside a kernel no longer is one, and does not compile."""
+    """Down to every name: a `constexpr` argument under another name inside a kernel is none, and does not compile."""
     ours = kernels_of(Path(train_gpt.__file__).read_text())
     assert len(ours) > 15
     assert kernels_of(minified) == ours
