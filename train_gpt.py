@@ -222,7 +222,18 @@ class Config:
     global_ttt_warmup_chunks: int = 0    # chunks it takes
     global_ttt_grad_clip: float = 1.0    # gradient norm
     global_ttt_respect_doc_boundaries: bool = True  # attention stays inside documents
+
+    # Follow-up systems, all off (what each is worth: LOG.md)
+    hotstart_fp_ckpt: str = ""           # float weights to rotate, quantize, pack and score; also writes final.json
+    spinquant_mode: str = "baseline"     # rotate weights for GPTQ alone: internal_only, full or port_1695
+    spinquant_enabled: bool = False      # the public name of SPINQUANT_MODE=port_1695
+    spinquant_seed: int = 42             # of the rotations
+    spinquant_sites: str = "attn_in,attn_proj_in,mlp_in,mlp_proj_in"  # inputs that port_1695 (full: the last) rotates
     # fmt: on
+
+    @property
+    def float_checkpoint(self) -> str:
+        return self.hotstart_fp_ckpt or self.eval_only_checkpoint
 
     @property
     def micro_batch_tokens(self) -> int:
@@ -325,6 +336,8 @@ def load_config(env: Mapping[str, str]) -> Config:
             values[knobs[name].name] = parse_knob(name, str(knobs[name].type), env[name])
         except ValueError as e:
             problems.append(str(e))
+    if values.pop("spinquant_enabled", False) and values.setdefault("spinquant_mode", "port_1695") != "port_1695":
+        problems.append("SPINQUANT_ENABLED=1 is the public name of SPINQUANT_MODE=port_1695: set one of them")
     cfg = Config(**values)
     problems += [sentence for bad, sentence in config_rules(cfg) if bad]
     if problems:
@@ -338,7 +351,7 @@ def config_rules(c: Config) -> list[tuple[bool, str]]:
         device=("auto", "cuda", "cpu"), compute_dtype=("auto", "bfloat16", "float32"), kernels=("auto", "spec"),
         attention=("auto", *ATTENTION_KINDS), parallel_final_lane=("mean", "attn", "mlp"),
         attn_out_gate_src=("proj", "q"), compressor=tuple(COMPRESSORS), ttt_optimizer=("adam", "sgd"),
-        ttt_context=("rerun", "cached"),
+        ttt_context=("rerun", "cached"), spinquant_mode=tuple(SPINS),
         from_stage=("", *STAGES[1:]),
     )  # fmt: skip
     named = [
@@ -384,10 +397,13 @@ def config_rules(c: Config) -> list[tuple[bool, str]]:
          "MAX_WALLCLOCK_SECONDS must exceed GPTQ_RESERVE_SECONDS"),
         (bool(c.run_dir and c.artifact_dir), "RUN_DIR and ARTIFACT_DIR mean the same: set one"),
         (bool(c.from_stage or c.resume) and not (c.run_dir or c.artifact_dir), "FROM_STAGE and RESUME need RUN_DIR"),
-        (bool(c.eval_only_checkpoint) + bool(c.eval_only_artifact) + bool(c.from_stage) + c.resume > 1,
-         "choose one of EVAL_ONLY_CHECKPOINT, EVAL_ONLY_ARTIFACT, FROM_STAGE and RESUME"),
+        (sum(map(bool, (c.eval_only_checkpoint, c.hotstart_fp_ckpt, c.eval_only_artifact, c.from_stage, c.resume))) > 1,
+         "choose one of EVAL_ONLY_CHECKPOINT, HOTSTART_FP_CKPT, EVAL_ONLY_ARTIFACT, FROM_STAGE and RESUME"),
         (any(not b.strip().isdigit() for b in c.ttt_eval_batches.split(",")) and c.ttt_eval_batches != "",
          f"TTT_EVAL_BATCHES={c.ttt_eval_batches!r}: give batch numbers like 5,250,500"),
+        (not 0 <= c.spinquant_seed < 2**31, "SPINQUANT_SEED must lie in 0..2147483647"),
+        (c.spinquant_mode != "baseline" and max(c.model_dim, c.hidden_dim) > 8192,
+         "SPINQUANT_MODE rotates at most 8192 channels: set it to baseline"),
     ]  # fmt: skip
 
 
@@ -630,7 +646,7 @@ def missing_inputs(cfg: Config, run: Run) -> Iterator[str]:
     rows = [(f"FROM_STAGE={cfg.from_stage}", run.folder / name, "start from an earlier stage") for name in needs]
     if cfg.resume:
         rows.append(("RESUME=1", run.folder / "checkpoint.pt", "start the run without RESUME"))
-    for name in ("eval_only_checkpoint", "eval_only_artifact"):
+    for name in ("eval_only_checkpoint", "hotstart_fp_ckpt", "eval_only_artifact"):
         if path := getattr(cfg, name):
             rows.append((name.upper(), Path(path), "give the path of an existing file"))
     for asked, path, remedy in rows:
@@ -3260,9 +3276,115 @@ def code_share(
     return coded, notes, ""
 
 
+# ---- rotations: GPTQ in other coordinates (SpinQuant, Liu et al. 2024, arXiv 2405.16406) -----------------------------
+# A matrix is coded as P^T W Q with the Hessian Q^T H Q of its inputs x Q, and decoded as P (...) Q^T. Turning x at run
+# time instead, as PR #1695 does, is the same function: (x Q)(W Q)^T = x W^T, whatever rounding makes of W Q. So the
+# model, its kernels, adapters and base learning stay as they are (SGD with momentum and a norm clip takes the same step
+# in any orthonormal coordinates), every part is exact before rounding, and the artifact pays for a mode and a seed.
+# attn_scale and mlp_scale are not folded into the rows of the outputs: the adapters' bypasses share them.
+#
+# Public evidence: none of it helps. Five variants lie within 9e-5 bpb after TTT, though with Hessians of the unlooped
+# network, and port_1695 costs 16 kB.
+SPINS: dict[str, dict[str, tuple[str, str]]] = {  # mode -> matrix -> (what turns its rows, what turns its columns)
+    "baseline": {},
+    "internal_only": {"attn.c_v": ("values", ""), "attn.proj": ("", "queries")},
+    "port_1695": {
+        "attn.c_q": ("", "attn_in"), "attn.c_k": ("", "attn_in"), "attn.c_v": ("", "attn_in"),
+        "attn.proj": ("", "attn_proj_in"), "mlp.fc": ("", "mlp_in"), "mlp.proj": ("", "mlp_proj_in"),
+    },
+    "full": {
+        "attn.c_q": ("", "stream"), "attn.c_k": ("", "stream"), "attn.c_v": ("values", "stream"),
+        "attn.proj": ("stream", "queries"), "mlp.fc": ("", "stream"), "mlp.proj": ("stream", "mlp_proj_in"),
+        "tok_emb": ("", "stream"),
+    },
+}  # fmt: skip
+SPIN_SITES = ("attn_in", "attn_proj_in", "mlp_in", "mlp_proj_in")
+Blocks = tuple[tuple[int, int], ...]  # (size, seed) of the rotations along the diagonal of a larger one; (): none
+
+
+def spin_sites(cfg: Config) -> tuple[list[str], list[str]]:
+    """The sites that SPINQUANT_SITES names, and what else it names."""
+    asked = {s.strip() for s in cfg.spinquant_sites.split(",")} - {"", "none"}
+    return [s for s in SPIN_SITES if s in asked], sorted(asked - set(SPIN_SITES))
+
+
+def spin_blocks(what: str, layer: int, cfg: Config) -> Blocks:
+    """One rotation for all layers, but one per layer and key/value group for what the heads mix."""
+    if what in ("values", "queries"):
+        seed, times = cfg.spinquant_seed + 1000 * layer, cfg.num_heads // cfg.num_kv_heads if what == "queries" else 1
+        return tuple((cfg.head_dim, seed + group) for group in range(cfg.num_kv_heads) for _ in range(times))
+    if not what or what in set(SPIN_SITES) - set(spin_sites(cfg)[0]):
+        return ()
+    digest = hashlib.sha256(f"{cfg.spinquant_seed}:{what}".encode()).digest()
+    return ((cfg.hidden_dim if what == "mlp_proj_in" else cfg.model_dim, int.from_bytes(digest[:4], "big")),)
+
+
+def rotations(cfg: Config) -> dict[str, tuple[Blocks, Blocks]]:
+    """Of every matrix that the mode turns, by its public name: the rotations of its rows and of its columns.
+
+    Matrices of one input have the same rotation of columns, so they still share a Hessian and a GPTQ stack.
+    """
+    turns = {}
+    for (matrix, (rows, columns)), i in itertools.product(SPINS[cfg.spinquant_mode].items(), range(cfg.num_layers)):
+        pair = spin_blocks(rows, i, cfg), spin_blocks(columns, i, cfg)
+        if any(pair):
+            turns[f"blocks.{i}.{matrix}.weight" if matrix in MATRICES else f"{matrix}.weight"] = pair
+    return turns
+
+
+@functools.cache
+def orthogonal(size: int, seed: int) -> Tensor:
+    """Q of the QR factors of random signs times a Hadamard matrix, cut to (size, size); float64.
+
+    The signs come from NumPy's legacy generator, whose stream is frozen: the decoder has to find the same ones.
+    """
+    h = torch.ones(1, 1, dtype=torch.float64)
+    while len(h) < size:
+        h = torch.cat((torch.cat((h, h), 1), torch.cat((h, -h), 1)))
+    signs = torch.from_numpy(np.random.RandomState(seed).choice((-1.0, 1.0), (size, 1)))
+    return torch.linalg.qr(signs * h[:size, :size] / size**0.5).Q
+
+
+def turned(x: Tensor, rows: Blocks, columns: Blocks, back: bool = False) -> Tensor:
+    """P^T x Q in float32, back: P x Q^T; x (rows, columns). In between float64: TF32 would cost more than rounding."""
+    x = x.double()
+    p, q = (torch.block_diag(*(orthogonal(*b) for b in blocks)).to(x.device) for blocks in (rows, columns))
+    if rows:
+        x = (p if back else p.mT) @ x
+    if columns:
+        x = x @ (q.mT if back else q)
+    return x.float()
+
+
+def spin(flat: Mapping[str, Tensor], cfg: Config, back: bool = False) -> dict[str, Tensor]:
+    """The matrices in the coordinates in which they are coded; back: out of them."""
+    turns = rotations(cfg)
+    return {name: turned(x, *turns[name], back) if name in turns else x for name, x in flat.items()}
+
+
+def spin_hessians(hessians: Mapping[str, Tensor], cfg: Config, run: Run) -> dict[str, Tensor]:
+    """Those of the turned inputs."""
+    turns, (known, unknown) = rotations(cfg), spin_sites(cfg)
+    keys = {name: hessian_key(name) for name, (_, columns) in turns.items() if columns}
+    sites = [columns for _, columns in SPINS[cfg.spinquant_mode].values() if columns in SPIN_SITES]
+    skipped = sum(s not in known for s in sites) * cfg.num_layers
+    active, missing = [s for s in known if s in sites], sum(key not in hessians for key in keys.values())
+    if unknown:
+        run.log(f"spinquant:unknown_sites_ignored:{unknown}")
+    run.log(
+        f"spinquant:rotated_weights:{len(turns)} hessians:{len(keys) - missing} missing_hessians:{missing} "
+        f"skipped_by_sites:{skipped} active_sites:{active}"
+    )
+    columns = {key: turns[name][1] for name, key in keys.items()}
+    return {key: turned(h, columns[key], columns[key]) if key in columns else h for key, h in hessians.items()}
+
+
+# ---- all tensors -----------------------------------------------------------------------------------------------------
 def quantize(state: Mapping[str, Tensor], hessians: Mapping[str, Tensor], cfg: Config, run: Run) -> dict[str, Coded]:
     """Every tensor in its stored form, GPTQ split over the ranks, the result on all of them."""
     flat = unbank(state)
+    if cfg.spinquant_mode != "baseline":
+        flat, hessians = spin(flat, cfg), spin_hessians(hessians, cfg, run)
     batches = gptq_batches(flat, cfg)
     shares = run.gather(code_share(share_of(run.rank, run.world, batches), flat, hessians, run))
     for note in itertools.chain.from_iterable(notes for _, notes, _ in shares):
@@ -3301,6 +3423,7 @@ MODEL_FIELDS = (
     "loop_start", "loop_end", "parallel_start_layer", "parallel_final_lane", "gated_attn_enabled",
     "attn_out_gate_enabled", "attn_out_gate_src", "smear_gate_enabled", "gate_window", "train_seq_len",
 )  # fmt: skip
+CODED_FIELDS = (*MODEL_FIELDS, "spinquant_mode", "spinquant_seed", "spinquant_sites")
 
 
 class ArtifactError(ValueError):
@@ -3387,11 +3510,11 @@ def pack(coded: Mapping[str, Coded], looped: bool, cfg: Config) -> bytes:
     with ThreadPoolExecutor() as pool:  # the compressors release the interpreter lock
         packed = list(pool.map(COMPRESSORS[cfg.compressor][0], pieces))
     payload = b"".join(packed)
-    defaults = Config()
+    defaults, names = Config(), MODEL_FIELDS if cfg.spinquant_mode == "baseline" else CODED_FIELDS
     header = {
         "compressor": cfg.compressor,
         "looped": looped,
-        "config": {k: getattr(cfg, k) for k in MODEL_FIELDS if getattr(cfg, k) != getattr(defaults, k)},
+        "config": {k: getattr(cfg, k) for k in names if getattr(cfg, k) != getattr(defaults, k)},
         "tensors": [
             [n, c.kind, c.bits, list((c.codes if c.values is None else c.values).shape)] for n, c in coded.items()
         ],
@@ -3449,6 +3572,7 @@ def _tensor_layout(header: dict[str, Any]) -> list[tuple[str, str, int, list[int
 def unpack(blob: bytes) -> tuple[dict[str, Tensor], bool, dict[str, Any]]:
     """Artifact -> (banked state dict in float32, whether the loop is on, model settings that differ from the defaults).
 
+    Where these settings hold a SPINQUANT_MODE, the matrices are still in its coordinates: `spin(..., back=True)`.
     Raises ArtifactError in one sentence for anything damaged, cut short or impossible; allocates what the header's
     shapes need and no more than RAW_LIMIT.
     """
@@ -3941,20 +4065,23 @@ def base_loss(model: GPT, tokens: np.ndarray, row: int, cfg: Config, run: Run) -
 STAGES = ("train", "calibrate", "quantize", "pack", "evaluate", "ttt")
 
 
-def shape_fingerprint(cfg: Config) -> dict[str, Any]:
+def shape_fingerprint(cfg: Config, fields: Sequence[str] = MODEL_FIELDS) -> dict[str, Any]:
     """The settings that decide every tensor's shape and meaning."""
-    return {k: getattr(cfg, k) for k in MODEL_FIELDS}
+    return {k: getattr(cfg, k) for k in fields}
 
 
-def load_stage_file(cfg: Config, run: Run, name: str, asked: str) -> dict[str, Any]:
+def load_stage_file(
+    cfg: Config, run: Run, name: str, asked: str, fields: Sequence[str] = MODEL_FIELDS
+) -> dict[str, Any]:
     """A file that an earlier stage left in the run folder. Raises Stop if it is missing, broken or of another model."""
     path = run.folder / name
     try:
         state = torch.load(path, map_location=run.device, weights_only=True)
     except Exception as e:  # torch raises many kinds for a damaged file
         raise Stop(f"{asked} cannot read {path} ({type(e).__name__}): start from an earlier stage", 2) from None
-    theirs, ours = state["fingerprint"], shape_fingerprint(cfg)
-    if differ := [f"{k.upper()}={theirs.get(k)} there, {ours[k]} here" for k in ours if theirs.get(k) != ours[k]]:
+    ours = shape_fingerprint(cfg, fields)
+    theirs = shape_fingerprint(Config(), fields) | state["fingerprint"]  # a file may be older than a setting
+    if differ := [f"{k.upper()}={theirs[k]} there, {ours[k]} here" for k in ours if theirs[k] != ours[k]]:
         raise Stop(f"{path} belongs to another model: {'; '.join(differ)}", 2)
     return state
 
@@ -3988,8 +4115,9 @@ def train_stage(cfg: Config, run: Run, val: ValidationSet, result: dict[str, Any
 
 
 def score_float(cfg: Config, run: Run, model: GPT, val: ValidationSet, result: dict[str, Any]) -> None:
-    with run.stage("evaluate float"):
-        result["bpb_float"] = evaluate(model, val, cfg, run, "pre-quantization post-ema").bpb
+    with run.stage("evaluate float") as clock:
+        score = evaluate(model, val, cfg, run, "pre-quantization post-ema")
+    result.update(bpb_float=score.bpb, loss_float=score.loss, float_seconds=clock["seconds"])
 
 
 def restored_model(cfg: Config, run: Run, result: dict[str, Any]) -> GPT:
@@ -4002,24 +4130,86 @@ def restored_model(cfg: Config, run: Run, result: dict[str, Any]) -> GPT:
 
 
 def checkpoint_model(cfg: Config, run: Run, val: ValidationSet, result: dict[str, Any]) -> GPT:
-    """The model of EVAL_ONLY_CHECKPOINT: our 01_weights.pt, or a public state dict (loop on, as the record scores)."""
-    path = Path(cfg.eval_only_checkpoint)
+    """The model of a float checkpoint: our 01_weights.pt, or a public state dict (loop on, as the record scores)."""
+    path = cfg.float_checkpoint
+    asked = f"{'HOTSTART_FP_CKPT' if cfg.hotstart_fp_ckpt else 'EVAL_ONLY_CHECKPOINT'}={path}"
     run.log(f"EVAL_ONLY_BYPASS: loading {path}, skipping training")
     try:
-        state = torch.load(path, map_location=run.device, weights_only=True)
+        file = torch.load(path, map_location=run.device, weights_only=True)
     except Exception as e:
-        raise Stop(f"EVAL_ONLY_CHECKPOINT={path} cannot be read ({type(e).__name__})", 2) from None
-    looped = state.get("looped", cfg.num_loops > 0)
+        raise Stop(f"{asked} cannot be read ({type(e).__name__})", 2) from None
     model = new_model(cfg, run)
     try:
-        model.load_state_dict(state.get("model", state))
-    except RuntimeError as e:
-        raise Stop(f"{path} does not fit the settings: {e}", 2) from None
-    model.looped = bool(looped)
+        model.load_state_dict(banked(file, model.state_dict()))
+    except ValueError as e:
+        raise Stop(f"{asked} does not fit the settings: {e}", 2) from None
+    model.looped = bool(file.get("looped", cfg.num_loops > 0))
     result.update(looped=model.looped)
     run.log(f"EVAL_ONLY_BYPASS: model loaded, compiled, looping_active={model.looped}")
+    if cfg.hotstart_fp_ckpt:
+        save_json(run, "rotation_manifest.json", rotation_manifest(cfg))
     score_float(cfg, run, model, val, result)
     return model
+
+
+def banked(file: Any, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict with exactly the names and shapes of `like` from what a checkpoint file holds.
+
+    That is a state dict or a dict with one under `state_dict` or `model`, in banks or with a name per matrix. Raises
+    ValueError naming whatever is missing, unknown or of another shape.
+    """
+    if isinstance(file, Mapping):
+        file = next((file[k] for k in ("state_dict", "model") if isinstance(file.get(k), Mapping)), file)
+    if not isinstance(file, Mapping) or not all(isinstance(x, Tensor) for x in file.values()):
+        raise ValueError("it holds no state dict, neither at its top nor under state_dict or model")
+    flat = not any(k.endswith("_bank") for k in file)
+    want = unbank(like) if flat else like
+    shapes = [f"{k} {tuple(file[k].shape)} instead of {tuple(x.shape)}" for k, x in want.items()
+              if k in file and file[k].shape != x.shape]  # fmt: skip
+    troubles = {"it lacks": sorted(want.keys() - file.keys()), "it has the unknown": sorted(file.keys() - want.keys()),
+                "other shapes:": shapes}  # fmt: skip
+    if any(troubles.values()):
+        some = lambda names: ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+        raise ValueError("; ".join(f"{what} {some(names)}" for what, names in troubles.items() if names))
+    return rebank(file) if flat else dict(file)
+
+
+def save_json(run: Run, name: str, value: Any) -> None:
+    run.save(name, lambda f: f.write(json.dumps(value, indent=1).encode()))
+
+
+def rotation_manifest(cfg: Config) -> dict[str, Any]:
+    """Which rotations (size, seed) stand along the diagonal of what turns the rows and the columns of each matrix."""
+    turns = {name: dict(rows=rows, columns=columns) for name, (rows, columns) in rotations(cfg).items()}
+    used = {what for pair in SPINS[cfg.spinquant_mode].values() for what in pair}
+    sizes = {what: sum(n for n, _ in blocks) for what in sorted(used) if (blocks := spin_blocks(what, 0, cfg))}
+    return dict(
+        mode=cfg.spinquant_mode, base_seed=cfg.spinquant_seed, sites=spin_sites(cfg)[0], sizes=sizes, rotations=turns
+    )
+
+
+def hotstart_summary(cfg: Config, result: Mapping[str, Any]) -> dict[str, Any]:
+    """The public driver's final.json, whose artifact_bytes counted the driver instead of the training program.
+
+    Turning changes no float weight, so the float score is the one after rotation, too.
+    """
+    stages = dict(
+        diagnostic_pre_quant_post_rotation=("float", "float_seconds"),
+        diagnostic_quantized=("quantized", "eval_seconds"),
+        quantized_ttt_phased=("ttt", "ttt_seconds"),
+    )
+    scores = {}
+    for name, (stage, clock) in stages.items():
+        if clock in result:
+            bpb = result.get(f"bpb_{stage}", result.get(f"bpb_{stage}_partial"))
+            milliseconds = round(1000 * result[clock])
+            scores[name] = dict(val_loss=result[f"loss_{stage}"], val_bpb=bpb, eval_time_ms=milliseconds)
+    return {
+        "spec": "hotstart", "mode": cfg.spinquant_mode, "spinquant_seed": cfg.spinquant_seed,
+        "hotstart_ckpt": cfg.hotstart_fp_ckpt,
+        "status": "ok" if result["total_bytes"] <= ARTIFACT_LIMIT else "too large", **scores,
+        "artifact_bytes": result["total_bytes"], "quant_file_bytes": result["artifact_bytes"],
+    }  # fmt: skip
 
 
 def calibrate_stage(cfg: Config, run: Run, model: GPT, result: dict[str, Any]) -> dict[str, Tensor]:
@@ -4046,7 +4236,7 @@ def quantize_stage(
     result["quantize_seconds"] = clock["seconds"]
     if run.main:
         run.log(f"Serialized model: {(run.folder / 'final_model.pt').stat().st_size} bytes")
-    file = {"fingerprint": shape_fingerprint(cfg), "coded": {k: tuple(c) for k, c in coded.items()},
+    file = {"fingerprint": shape_fingerprint(cfg, CODED_FIELDS), "coded": {k: tuple(c) for k, c in coded.items()},
             **{k: result.get(k) for k in ("steps", "train_seconds", "looped")}}  # fmt: skip
     run.save("03_coded.pt", lambda f: torch.save(file, f))
     return coded
@@ -4079,9 +4269,10 @@ def model_from_artifact(cfg: Config, run: Run, blob: bytes) -> GPT:
     """The scoring half starts here: nothing but the artifact says what the model is."""
     try:
         state, looped, settings = unpack(blob)
-        if set(settings) - set(MODEL_FIELDS):
+        shape = shape_fingerprint(Config(), CODED_FIELDS)
+        if any(k not in shape or type(v) is not type(shape[k]) for k, v in settings.items()):
             raise ArtifactError("its settings are not those of a model")
-        shape = {k: getattr(Config(), k) for k in MODEL_FIELDS} | settings
+        shape |= settings
         mine = replace(cfg, **shape)
         if broken := [sentence for bad, sentence in config_rules(mine) if bad]:
             raise ArtifactError(f"its settings cannot work: {broken[0]}")
@@ -4089,6 +4280,11 @@ def model_from_artifact(cfg: Config, run: Run, blob: bytes) -> GPT:
             raise ArtifactError("it holds fewer weights than its settings need")
         if mine.vocab_size != cfg.vocab_size:
             raise ArtifactError(f"it has a vocabulary of {mine.vocab_size}: set VOCAB_SIZE and a tokenizer to match")
+        if mine.spinquant_mode != "baseline":
+            state = rebank(spin(unbank(state), mine, back=True))
+            run.log(f"spinquant:undone_rotations:{len(rotations(mine))}_matrices mode:{mine.spinquant_mode} "
+                    f"seed:{mine.spinquant_seed} sites:{spin_sites(mine)[0]} model_dim:{mine.model_dim} "
+                    f"hidden_dim:{mine.hidden_dim}")  # fmt: skip
         model = new_model(mine, run)
         model.load_state_dict(state)
     except (ArtifactError, RuntimeError, TypeError, ValueError) as e:
@@ -4106,7 +4302,7 @@ def score_stages(cfg: Config, run: Run, blob: bytes, val: ValidationSet, result:
     if first != "ttt":
         with run.stage("evaluate") as clock:
             score = evaluate(model, val, cfg, run, "quantized")
-        result.update(bpb_quantized=score.bpb, eval_seconds=clock["seconds"])
+        result.update(bpb_quantized=score.bpb, loss_quantized=score.loss, eval_seconds=clock["seconds"])
     if not cfg.ttt_enabled:
         return
     with run.stage("ttt"):
@@ -4114,7 +4310,8 @@ def score_stages(cfg: Config, run: Run, blob: bytes, val: ValidationSet, result:
     run.log(f"quantized_ttt_phased val_loss:{score.loss:.8f} val_bpb:{score.bpb:.8f} eval_time:{1000 * seconds:.0f}ms")
     run.log(f"total_eval_time:{seconds:.1f}s")
     partial = cfg.val_doc_fraction < 1 or bool(cfg.ttt_eval_batches)
-    result.update({"bpb_ttt_partial" if partial else "bpb_ttt": score.bpb, "ttt_seconds": seconds})
+    result.update({"bpb_ttt_partial" if partial else "bpb_ttt": score.bpb, "loss_ttt": score.loss})
+    result["ttt_seconds"] = seconds
 
 
 def artifact_to_score(cfg: Config, run: Run) -> bytes:
@@ -4128,7 +4325,7 @@ def artifact_to_score(cfg: Config, run: Run) -> bytes:
 def pipeline(cfg: Config, run: Run) -> dict[str, Any]:
     """Runs the stages from the first that is asked for; returns the numbers of the result block."""
     first = cfg.from_stage or "train"
-    if cfg.eval_only_checkpoint:
+    if cfg.float_checkpoint:
         first = "calibrate"
     elif cfg.eval_only_artifact:
         first = "evaluate"
@@ -4143,19 +4340,21 @@ def pipeline(cfg: Config, run: Run) -> dict[str, Any]:
         torch.cuda.empty_cache()
     score_stages(cfg, run, blob, val, result, first)
     result["peak_memory_mib"] = run.peak_memory_mib()
+    if cfg.hotstart_fp_ckpt:
+        save_json(run, "final.json", hotstart_summary(cfg, result))
     return result
 
 
 def make_artifact(cfg: Config, run: Run, val: ValidationSet, result: dict[str, Any], at: int) -> bytes:
     """The training half: weights, Hessians, codes, artifact, each from its stage or from the file that stage left."""
     if at == STAGES.index("pack"):
-        state = load_stage_file(cfg, run, "03_coded.pt", "FROM_STAGE=pack")
+        state = load_stage_file(cfg, run, "03_coded.pt", "FROM_STAGE=pack", CODED_FIELDS)
         result.update({k: state[k] for k in ("steps", "train_seconds", "looped") if state[k] is not None})
         coded = {
             k: Coded(*(p.cpu() if isinstance(p, Tensor) else p for p in parts)) for k, parts in state["coded"].items()
         }
         return pack_stage(cfg, run, coded, result)
-    if cfg.eval_only_checkpoint:
+    if cfg.float_checkpoint:
         model = checkpoint_model(cfg, run, val, result)
     elif at == 0:
         model = train_stage(cfg, run, val, result)
