@@ -318,6 +318,7 @@ def without(*names: str) -> Callable[[dict[str, Tensor]], Any]:
 MISFITS: list[tuple[Callable[[dict[str, Tensor]], Any], str]] = [
     (lambda state: [1, 2], "it holds no state dict"),
     (lambda state: {"weights": state}, "it holds no state dict"),
+    (lambda state: dict(enumerate(state.values())), "it holds no state dict"),
     (lambda state: {}, "it lacks blocks.0.attn.attn_gate_w, .* and [0-9]+ more$"),
     (without("qo_bank"), "it lacks qo_bank$"),
     (lambda state: without("blocks.2.mlp.fc.weight")(unbank(state)), "it lacks blocks.2.mlp.fc.weight$"),
