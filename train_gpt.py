@@ -23,6 +23,7 @@ Contents
     11. Packing
     12. Test-time training
     13. Pipeline
+    14. Switches
 
 Shapes are written (B, T, D): B rows, T positions, D width, H query heads, G key/value heads, K head dim, F hidden width
 of the MLP, V vocabulary, L layers, S visits (layers in the order they run, loops unrolled), R adapter rank, N
@@ -163,6 +164,22 @@ class Config:
     attn_out_gate_src: str = "proj"      # what it reads: proj (the attention input) or q (the raw queries)
     smear_gate_enabled: bool = False     # mix in the previous token's embedding, never across documents
     gate_window: int = 12                # channels that the narrow gates read
+    qk_gain_per_layer: str = ""          # initial gains by layer, separated by commas; replaces QK_GAIN_INIT
+    xielu_enabled: bool = False          # the activation of PR #1648, its scalars by depth, instead of the leaky square
+    bigram_hash_enabled: bool = False    # add a hashed table of token pairs to the embedding; 425 KB in the artifact
+    bigram_hash_buckets: int = 16384     # its rows
+    bigram_hash_dim: int = 32            # and their width
+    bigram_hash_prime_a: int = 36313     # hash: PRIME_A * token XOR PRIME_B * previous token
+    bigram_hash_prime_b: int = 27191     # its second factor
+    loop_curriculum: str = ""            # extra passes by fraction, like 0.35:1,0.6:2; replaces ENABLE_LOOPING_AT
+    recur_homotopy: bool = False         # let the loop come in along a sigmoid of the fraction, not at once
+    recur_homotopy_tmid: float = 0.5     # its middle; it starts 5 TAU before and ends 5 TAU after
+    recur_homotopy_tau: float = 0.03     # its width
+    recur_alpha_enabled: bool = False    # a repeated visit moves the stream by alpha times what the layer would
+    recur_alpha_form: str = "learned"    # learned, frozen (stored with the weights) or literal (part of the settings)
+    recur_alpha_values: str = "1"        # start of alpha, one for all or NUM_LOOPS rows of looped layers: 1,1.2;1,0.9
+    cross_pass_xsa_enabled: bool = False  # heads drop a learned part of what they wrote in the pass before
+    recur_diag_p2p_cos: int = 0          # validation rows on which passes are compared at each validation; 0: none
 
     # Optimizer
     matrix_lr: float = 0.026             # Muon, all matrices
@@ -226,7 +243,7 @@ class Config:
     # Follow-up systems, all off (what each is worth: LOG.md)
     hotstart_fp_ckpt: str = ""           # float weights to rotate, quantize, pack and score; also writes final.json
     spinquant_mode: str = "baseline"     # rotate weights for GPTQ alone: internal_only, full or port_1695
-    spinquant_enabled: bool = False      # the public name of SPINQUANT_MODE=port_1695
+    spinquant_enabled: bool = False      # follows SPINQUANT_MODE; 1 without a mode is port_1695, its public name
     spinquant_seed: int = 42             # of the rotations
     spinquant_sites: str = "attn_in,attn_proj_in,mlp_in,mlp_proj_in"  # inputs that port_1695 (full: the last) rotates
     # fmt: on
@@ -234,6 +251,29 @@ class Config:
     @property
     def float_checkpoint(self) -> str:
         return self.hotstart_fp_ckpt or self.eval_only_checkpoint
+
+    @property
+    def qk_gains(self) -> list[float]:
+        return numbers(self.qk_gain_per_layer)
+
+    @property
+    def looped_layers(self) -> int:
+        return self.loop_end - self.loop_start + 1 if self.num_loops else 0
+
+    @property
+    def recur_alphas(self) -> list[list[float]]:
+        """(NUM_LOOPS, looped layers)."""
+        rows = [numbers(row) for row in self.recur_alpha_values.split(";")]
+        return [rows[0] * self.looped_layers] * self.num_loops if rows == [rows[0][:1]] else rows
+
+    @property
+    def loop_stages(self) -> list[tuple[float, int]]:
+        """(fraction, extra passes from there on), ascending."""
+        if not self.loop_curriculum:
+            onset = self.recur_homotopy_tmid - 5 * self.recur_homotopy_tau
+            return [(max(onset, 0.0) if self.recur_homotopy else self.enable_looping_at, self.num_loops)]
+        stages = (stage.split(":") for stage in self.loop_curriculum.split(","))
+        return [(float(at), int(loops)) for at, loops in stages]
 
     @property
     def micro_batch_tokens(self) -> int:
@@ -298,6 +338,11 @@ RETIRED = {  # names of the public script that never did, or no longer do, anyth
 BOOLEANS = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
 
 
+def numbers(text: str) -> list[float]:
+    """ "1.5,2" -> [1.5, 2.0]; nothing -> []. Raises ValueError."""
+    return [float(x) for x in text.split(",")] if text.strip() else []
+
+
 def parse_knob(name: str, kind: str, text: str) -> Any:
     """One environment value as bool, int, float or str. Raises ValueError with a sentence."""
     try:
@@ -336,8 +381,8 @@ def load_config(env: Mapping[str, str]) -> Config:
             values[knobs[name].name] = parse_knob(name, str(knobs[name].type), env[name])
         except ValueError as e:
             problems.append(str(e))
-    if values.pop("spinquant_enabled", False) and values.setdefault("spinquant_mode", "port_1695") != "port_1695":
-        problems.append("SPINQUANT_ENABLED=1 is the public name of SPINQUANT_MODE=port_1695: set one of them")
+    spin = values.setdefault("spinquant_mode", "port_1695" if values.get("spinquant_enabled") else "baseline")
+    values.setdefault("spinquant_enabled", spin != "baseline")
     cfg = Config(**values)
     problems += [sentence for bad, sentence in config_rules(cfg) if bad]
     if problems:
@@ -351,8 +396,8 @@ def config_rules(c: Config) -> list[tuple[bool, str]]:
         device=("auto", "cuda", "cpu"), compute_dtype=("auto", "bfloat16", "float32"), kernels=("auto", "spec"),
         attention=("auto", *ATTENTION_KINDS), parallel_final_lane=("mean", "attn", "mlp"),
         attn_out_gate_src=("proj", "q"), compressor=tuple(COMPRESSORS), ttt_optimizer=("adam", "sgd"),
-        ttt_context=("rerun", "cached"), spinquant_mode=tuple(SPINS),
-        from_stage=("", *STAGES[1:]),
+        ttt_context=("rerun", "cached"), spinquant_mode=("baseline", "internal_only", "full", "port_1695"),
+        recur_alpha_form=("learned", "frozen", "literal"), from_stage=("", *STAGES[1:]),
     )  # fmt: skip
     named = [
         (
@@ -385,9 +430,9 @@ def config_rules(c: Config) -> list[tuple[bool, str]]:
         (in_lanes, "a looped layer in the two-lane part loses a branch: set LOOP_END below PARALLEL_START_LAYER"),
         (c.gate_window > c.model_dim, "GATE_WINDOW must be at most MODEL_DIM"),
         (c.ttt_eval_seq_len < c.ttt_chunk_size, "TTT_EVAL_SEQ_LEN must be at least TTT_CHUNK_SIZE"),
-        (c.ttt_context == "cached" and (c.smear_gate_enabled or c.rope_yarn),
+        (c.ttt_context == "cached" and (c.smear_gate_enabled or c.bigram_hash_enabled or c.rope_yarn),
          "TTT_CONTEXT=cached knows neither the token before a chunk nor the length of the row: set it to rerun, or "
-         "SMEAR_GATE_ENABLED=0 and ROPE_YARN=0"),
+         "SMEAR_GATE_ENABLED=0, BIGRAM_HASH_ENABLED=0 and ROPE_YARN=0"),
         (c.global_ttt_chunk_tokens < c.eval_seq_len, "GLOBAL_TTT_CHUNK_TOKENS must be at least EVAL_SEQ_LEN"),
         (not 2 <= c.matrix_bits <= 8 or not 2 <= c.embed_bits <= 8, "MATRIX_BITS and EMBED_BITS must lie in 2..8"),
         (not 0 < c.val_doc_fraction <= 1, "VAL_DOC_FRACTION must lie in (0, 1]"),
@@ -401,9 +446,7 @@ def config_rules(c: Config) -> list[tuple[bool, str]]:
          "choose one of EVAL_ONLY_CHECKPOINT, HOTSTART_FP_CKPT, EVAL_ONLY_ARTIFACT, FROM_STAGE and RESUME"),
         (any(not b.strip().isdigit() for b in c.ttt_eval_batches.split(",")) and c.ttt_eval_batches != "",
          f"TTT_EVAL_BATCHES={c.ttt_eval_batches!r}: give batch numbers like 5,250,500"),
-        (not 0 <= c.spinquant_seed < 2**31, "SPINQUANT_SEED must lie in 0..2147483647"),
-        (c.spinquant_mode != "baseline" and max(c.model_dim, c.hidden_dim) > 8192,
-         "SPINQUANT_MODE rotates at most 8192 channels: set it to baseline"),
+        *switch_rules(c),
     ]  # fmt: skip
 
 
@@ -477,7 +520,7 @@ class Run:
     def log(self, text: str = "", console: bool = True) -> None:
         if self.main and console:
             print(text, flush=True)
-        if self.main and self.folder:
+        if self.main and self.folder and self.folder.is_dir():  # a run that is refused makes none
             with open(self.folder / "log.txt", "a") as f:
                 f.write(text + "\n")
 
@@ -511,12 +554,16 @@ class Run:
 
     def gather(self, value: Any) -> list[Any]:
         """One small Python object per rank, in rank order, on every rank."""
+        if self.world == 1:  # Gloo's thread would start OpenMP threads of its own: more than cores, so that all sleep
+            return [value]
         box: list[Any] = [None] * self.world
         dist.all_gather_object(box, value)
         return box
 
     def same(self, value: Any) -> Any:
         """Rank 0's object, everywhere."""
+        if self.world == 1:
+            return value
         box = [value]
         dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
         return box[0]
@@ -570,7 +617,7 @@ def write_atomically(path: Path, write: Callable[[Any], None]) -> None:
 
 
 def start_run(cfg: Config) -> Run:
-    """Joins the process group (there always is one), picks device and dtype, opens the run folder."""
+    """Joins the process group (there always is one), picks device, dtype and run folder."""
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         store, rank, world = next(dist.rendezvous("env://"))
     else:
@@ -596,7 +643,6 @@ def start_run(cfg: Config) -> Run:
     seed_everything(cfg.seed)
     run_id = cfg.run_id or time.strftime("%Y%m%d-%H%M%S") + f"-seed{cfg.seed}"
     run.folder = Path(run.same(str(cfg.run_dir or cfg.artifact_dir or f"runs/{run_id}")))
-    open_folder(run)
     return run
 
 
@@ -612,6 +658,7 @@ def on_signal(run: Run, number: int) -> None:
 
 
 def open_folder(run: Run) -> None:
+    """Makes the run folder, once nothing else speaks against the run, and tries to write there."""
     problem = ""
     if run.main:
         try:
@@ -634,24 +681,31 @@ def preflight(cfg: Config, run: Run, needs_training_data: bool) -> None:
     """Every check that needs no model, on rank 0, all problems at once. Raises Stop on every rank."""
     problems = list(environment_problems(cfg, run)) if run.main else []
     if run.main:
-        problems += [*missing_inputs(cfg, run), *data_problems(cfg, needs_training_data)]
+        problems += [*input_problems(cfg, run), *data_problems(cfg, needs_training_data)]
     if problems := run.same(problems):
         raise Stop("\n".join(["cannot start:", *(f"  - {p}" for p in problems)]), 2)
 
 
-def missing_inputs(cfg: Config, run: Run) -> Iterator[str]:
-    """Files that the asked-for start needs and that are not there."""
+def input_problems(cfg: Config, run: Run) -> Iterator[str]:
+    """Files that the asked-for start needs and that are not there or belong to another model."""
     needs = {"": [], "calibrate": ["01_weights.pt"], "quantize": ["01_weights.pt", "02_hessians.pt"],
              "pack": ["03_coded.pt"], "evaluate": [ARTIFACT_NAME], "ttt": [ARTIFACT_NAME]}[cfg.from_stage]  # fmt: skip
     rows = [(f"FROM_STAGE={cfg.from_stage}", run.folder / name, "start from an earlier stage") for name in needs]
     if cfg.resume:
         rows.append(("RESUME=1", run.folder / "checkpoint.pt", "start the run without RESUME"))
+    stage_files = [path for _, path, _ in rows if path.suffix == ".pt"]
     for name in ("eval_only_checkpoint", "hotstart_fp_ckpt", "eval_only_artifact"):
         if path := getattr(cfg, name):
             rows.append((name.upper(), Path(path), "give the path of an existing file"))
     for asked, path, remedy in rows:
         if not path.is_file():
             yield f"{asked} needs {path}, which is not there: {remedy}"
+        elif path in stage_files:
+            try:
+                load_stage_file(cfg, run, path.name, asked, map_location="cpu", mmap=True)  # reads no tensor
+            except Stop as stop:
+                yield stop.sentence
+                return  # the next file would say the same
 
 
 def environment_problems(cfg: Config, run: Run) -> Iterator[str]:
@@ -665,7 +719,8 @@ def environment_problems(cfg: Config, run: Run) -> Iterator[str]:
             yield f"the package {package} is missing: pip install {package}"
     # weights and their average in float32, both optimizer states, and the artifact
     need = 6 * 4 * estimated_parameters(cfg) + 2 * ARTIFACT_LIMIT
-    free = shutil.disk_usage(run.folder).free
+    folder = run.folder.absolute()
+    free = shutil.disk_usage(next(p for p in (folder, *folder.parents) if os.path.exists(p))).free
     if free < need:
         yield f"{run.folder} has {free >> 20} MiB free and the run may write {need >> 20}: free some or set RUN_DIR"
     if run.device.type == "cuda":
@@ -683,7 +738,8 @@ def data_problems(cfg: Config, needs_training_data: bool) -> Iterator[str]:
     """Missing, broken or too small shards, and a tokenizer or sidecar that does not belong to them."""
     val, sidecar, train = val_files(cfg), sidecar_files(cfg), train_files(cfg)
     if not val:
-        yield f"no fineweb_val_*.bin in {cfg.shard_dir}: set DATA_PATH, or make shards with prepare_caseops_data.py"
+        remedy = "set DATA_PATH, or make shards with prepare_caseops_data.py (make demo does, for a first try)"
+        yield f"no fineweb_val_*.bin in {cfg.shard_dir}: {remedy}"
     if cfg.caseops_enabled and len(sidecar) != len(val):
         yield f"{len(val)} validation shards but {len(sidecar)} byte sidecars (val_bytes) in {cfg.shard_dir}"
     if needs_training_data and not train:
@@ -861,6 +917,18 @@ def leaky_square(h: Tensor) -> Tensor:
     return F.leaky_relu(h, 0.5).square()
 
 
+class Xielu(NamedTuple):
+    """Another: h (a_p h + b_p) above zero, h (a_n h + b_n) below (PR #1648); (1, 0, 1/4, 0) is the leaky square."""
+
+    a_p: float
+    b_p: float
+    a_n: float
+    b_n: float
+
+    def __call__(self, h: Tensor) -> Tensor:
+        return h * torch.where(h > 0, self.a_p * h + self.b_p, self.a_n * h + self.b_n)
+
+
 # Both products of the MLP that touch its hidden tensor (M, F), with the activation in the epilogue of one and its
 # derivative in that of the other. K = D is only 512, eight blocks of 64, so what counts is that results leave while the
 # next tile's operands arrive. On an H100 near its power limit, M = 98,304: 0.48 and 0.49 ms (430 TFLOP/s), by address
@@ -876,18 +944,32 @@ if triton is not None:
         return (band * GROUP + place % rows) * BLOCK_M, place // rows * BLOCK_N
 
     @triton.jit
-    def leaky_finish(acc, pre, out, m, n, BACKWARD: tl.constexpr):
-        """The epilogue of half a tile. Forward: pre = acc, out = leaky_square(acc). Backward: out = acc f'(pre)."""
+    def activation(h, a_p, b_p, a_n, b_n, XIELU: tl.constexpr):
+        if XIELU:
+            return h * tl.where(h > 0, a_p * h + b_p, a_n * h + b_n)
+        return tl.where(h > 0, h * h, 0.25 * h * h)
+
+    @triton.jit
+    def activation_slope(h, a_p, b_p, a_n, b_n, XIELU: tl.constexpr):
+        if XIELU:
+            return tl.where(h > 0, 2.0 * a_p * h + b_p, 2.0 * a_n * h + b_n)
+        return tl.where(h > 0, 2.0 * h, 0.5 * h)
+
+    @triton.jit
+    def leaky_finish(  # noqa: PLR0913
+        acc, pre, out, m, n, a_p, b_p, a_n, b_n, XIELU: tl.constexpr, BACKWARD: tl.constexpr
+    ):  # noqa: PLR0913
+        """The epilogue of half a tile. Forward: pre = acc, out = f(acc). Backward: out = acc f'(pre)."""
         if BACKWARD:
-            h = pre.load([m, n]).to(tl.float32)
-            out.store([m, n], (acc * tl.where(h > 0, 2.0 * h, 0.5 * h)).to(out.dtype))
+            slope = activation_slope(pre.load([m, n]).to(tl.float32), a_p, b_p, a_n, b_n, XIELU)
+            out.store([m, n], (acc * slope).to(out.dtype))
         else:
             pre.store([m, n], acc.to(pre.dtype))
-            out.store([m, n], tl.where(acc > 0, acc * acc, 0.25 * acc * acc).to(out.dtype))
+            out.store([m, n], activation(acc, a_p, b_p, a_n, b_n, XIELU).to(out.dtype))
 
     @triton.jit
     def leaky_tma_kernel(  # noqa: PLR0913
-        a, b, pre, out, M, N, K, BACKWARD: tl.constexpr,
+        a, b, pre, out, M, N, K, a_p, b_p, a_n, b_n, XIELU: tl.constexpr, BACKWARD: tl.constexpr,
         BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
     ):  # fmt: skip  # noqa: PLR0913
         """a (M, K) times b, (N, K) transposed or in BACKWARD (K, N), through tensor descriptors; one program per core.
@@ -906,12 +988,13 @@ if triton is not None:
                 else:
                     acc = tl.dot(a.load([m, k]), b.load([n, k]).T, acc)
             left, right = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
-            leaky_finish(left, pre, out, m, n, BACKWARD)
-            leaky_finish(right, pre, out, m, n + BLOCK_N // 2, BACKWARD)
+            leaky_finish(left, pre, out, m, n, a_p, b_p, a_n, b_n, XIELU, BACKWARD)
+            leaky_finish(right, pre, out, m, n + BLOCK_N // 2, a_p, b_p, a_n, b_n, XIELU, BACKWARD)
 
     @triton.jit
     def leaky_pointer_kernel(  # noqa: PLR0913
-        a_ptr, b_ptr, pre_ptr, out_ptr, M, N, K, b_stride_n, b_stride_k, BACKWARD: tl.constexpr,
+        a_ptr, b_ptr, pre_ptr, out_ptr, M, N, K, b_stride_n, b_stride_k, a_p, b_p, a_n, b_n,
+        XIELU: tl.constexpr, BACKWARD: tl.constexpr,
         BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
     ):  # fmt: skip  # noqa: PLR0913
         """The same by address: any size, any strides of b (N, K), any GPU."""
@@ -930,10 +1013,10 @@ if triton is not None:
         inside = (m[:, None] < M) & (n[None, :] < N)
         if BACKWARD:
             pre = tl.load(pre_ptr + at, mask=inside, other=0.0).to(tl.float32)
-            out = acc * tl.where(pre > 0, 2.0 * pre, 0.5 * pre)
+            out = acc * activation_slope(pre, a_p, b_p, a_n, b_n, XIELU)
         else:
             tl.store(pre_ptr + at, acc.to(pre_ptr.dtype.element_ty), mask=inside)
-            out = tl.where(acc > 0, acc * acc, 0.25 * acc * acc)
+            out = activation(acc, a_p, b_p, a_n, b_n, XIELU)
         tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=inside)
 
 
@@ -951,33 +1034,35 @@ def _fits_tma(*tensors: Tensor) -> bool:
     )
 
 
-def _leaky_gemm(a: Tensor, b: Tensor, pre: Tensor, out: Tensor, backward: bool) -> None:
-    """b: (F, D) forward, (D, F) backward."""
+def _leaky_gemm(a: Tensor, b: Tensor, pre: Tensor, out: Tensor, f: Xielu | None, backward: bool) -> None:
+    """b: (F, D) forward, (D, F) backward. f: None for the leaky square."""
     (M, K), N = a.shape, pre.size(1)
     m, n, k = blocks = (128, 256, 64) if a.is_cuda else (32, 32, 32)
-    tiles, warps = triton.cdiv(M, m) * triton.cdiv(N, n), dict(num_warps=8, num_stages=3)
+    tiles, warps, scalars = triton.cdiv(M, m) * triton.cdiv(N, n), dict(num_warps=8, num_stages=3), f or (0.0,) * 4
     if _fits_tma(a, b, pre, out):
         into, shape = TensorDescriptor.from_tensor, [k, n] if backward else [n, k]
         leaky_tma_kernel[(min(tiles, device_cores(a.device)),)](
-            into(a, [m, k]), into(b, shape), into(pre, [m, n // 2]), into(out, [m, n // 2]), M, N, K, backward,
-            *blocks, 8, **warps,
+            into(a, [m, k]), into(b, shape), into(pre, [m, n // 2]), into(out, [m, n // 2]), M, N, K, *scalars,
+            f is not None, backward, *blocks, 8, **warps,
         )  # fmt: skip
     else:
         strides = b.stride()[::-1] if backward else b.stride()
-        leaky_pointer_kernel[(tiles,)](a, b, pre, out, M, N, K, *strides, backward, *blocks, 8, **warps)
+        leaky_pointer_kernel[(tiles,)](
+            a, b, pre, out, M, N, K, *strides, *scalars, f is not None, backward, *blocks, 8, **warps
+        )
 
 
-def up_leaky(x: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+def up_leaky(x: Tensor, up: Tensor, f: Xielu | None = None) -> tuple[Tensor, Tensor]:
     """x (M, D), up (F, D) -> pre-activation and activation, both (M, F)."""
     pre, act = (x.new_empty(x.size(0), up.size(0)) for _ in range(2))
-    _leaky_gemm(x, up, pre, act, backward=False)
+    _leaky_gemm(x, up, pre, act, f, backward=False)
     return pre, act
 
 
-def down_leaky(grad: Tensor, down: Tensor, pre: Tensor) -> Tensor:
+def down_leaky(grad: Tensor, down: Tensor, pre: Tensor, f: Xielu | None = None) -> Tensor:
     """grad (M, D), down (D, F), pre (M, F) -> gradient of the pre-activation (M, F)."""
     out = torch.empty_like(pre)
-    _leaky_gemm(grad, down, pre, out, backward=True)
+    _leaky_gemm(grad, down, pre, out, f, backward=True)
     return out
 
 
@@ -1287,7 +1372,8 @@ def lanes_backward(gx: Tensor, gl: Tensor, x: Tensor, lane: Tensor, a: Tensor, b
 
 
 # ---- heads: norm, rotation and gain before attention, own value and gate after it ------------------------------------
-# The merged projection (N, W) has rows of H K queries | G K keys | G K values | H gate logits, if heads have gates.
+# The merged projection (N, W) has rows of H K queries | G K keys | G K values | H gate logits | H narrow gate logits,
+# the last two if heads have such gates.
 # A tile is (ROWS, K): a row is one head of one token, 128 contiguous bytes at K = 64 in bf16, read by 8 lanes of 16
 # bytes, so that a reduction over K is three shuffles. Strides are constexpr: the compiler sees that they keep the
 # 16-byte alignment (as runtime integers only multiples of 16 would tell it, and W = 1032 is none).
@@ -1387,7 +1473,7 @@ if triton is not None:
     def gate_kernel(  # noqa: PLR0913
         y_ptr, v_ptr, logits_ptr, out_ptr, n_rows,
         V_STRIDE: tl.constexpr, L_STRIDE: tl.constexpr, H: tl.constexpr, G: tl.constexpr, K: tl.constexpr,
-        OWN: tl.constexpr, GATED: tl.constexpr, COLS: tl.constexpr, ROWS: tl.constexpr,
+        OWN: tl.constexpr, GATED: tl.constexpr, NARROW: tl.constexpr, COLS: tl.constexpr, ROWS: tl.constexpr,
     ):  # fmt: skip
         """Rows are the G groups of each token; a group's H / G heads follow one another. Reads 1.5 S, writes 1 S."""
         row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -1406,6 +1492,9 @@ if triton is not None:
             if GATED:
                 logit = tl.load(logits_ptr + token * L_STRIDE + head, mask=real, other=0.0).to(tl.float32)
                 y *= tl.sigmoid(logit)[:, None]
+            if NARROW:
+                at_narrow = logits_ptr + token * L_STRIDE + (H if GATED else 0) + head
+                y *= 2 * tl.sigmoid(tl.load(at_narrow, mask=real, other=0.0).to(tl.float32))[:, None]
             tl.store(out_ptr + at, y.to(out_ptr.dtype.element_ty), mask=mask)
 
     @triton.jit
@@ -1413,9 +1502,9 @@ if triton is not None:
         grad_ptr, y_ptr, v_ptr, logits_ptr, dy_ptr, dv_ptr, dlogits_ptr, n_rows,
         V_STRIDE: tl.constexpr, L_STRIDE: tl.constexpr, DV_STRIDE: tl.constexpr, DL_STRIDE: tl.constexpr,
         H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, OWN: tl.constexpr, GATED: tl.constexpr,
-        COLS: tl.constexpr, ROWS: tl.constexpr,
+        NARROW: tl.constexpr, COLS: tl.constexpr, ROWS: tl.constexpr,
     ):  # fmt: skip
-        """Tiles as in the forward. Recomputes the unit value and the gate; reads 2.5 S, writes 1.5 S."""
+        """Tiles as in the forward. Recomputes the unit value and the gates; reads 2.5 S, writes 1.5 S."""
         row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
         token, group = (row // G).to(tl.int64), row % G
         c = tl.arange(0, COLS)
@@ -1431,11 +1520,15 @@ if triton is not None:
             grad = tl.load(grad_ptr + at, mask=mask, other=0.0).to(tl.float32)
             y = tl.load(y_ptr + at, mask=mask, other=0.0).to(tl.float32)
             dot = tl.sum(grad * y, 1)
+            gate = tl.full((ROWS,), 1.0, tl.float32)  # the product of both
             if GATED:
                 logit = tl.load(logits_ptr + token * L_STRIDE + head, mask=real, other=0.0).to(tl.float32)
-                gate = tl.sigmoid(logit)
-            else:
-                gate = tl.full((ROWS,), 1.0, tl.float32)
+                sigmoid_gate = tl.sigmoid(logit)
+                gate *= sigmoid_gate
+            if NARROW:
+                at_narrow = token * L_STRIDE + (H if GATED else 0) + head
+                half_gate = tl.sigmoid(tl.load(logits_ptr + at_narrow, mask=real, other=0.0).to(tl.float32))
+                gate *= 2 * half_gate
             dy = grad
             if OWN:  # out = gate * (y - (y . own) own)
                 along_y, along_grad = tl.sum(y * own, 1), tl.sum(grad * own, 1)
@@ -1445,9 +1538,12 @@ if triton is not None:
                 radial -= 2 * gate * along_y * along_grad  # d_own . own
             dy *= gate[:, None]
             tl.store(dy_ptr + at, dy.to(dy_ptr.dtype.element_ty), mask=mask)
+            d_at = dlogits_ptr + token * DL_STRIDE + head
             if GATED:
-                d_logit = dot * gate * (1 - gate)
-                tl.store(dlogits_ptr + token * DL_STRIDE + head, d_logit.to(dlogits_ptr.dtype.element_ty), mask=real)
+                tl.store(d_at, (dot * gate * (1 - sigmoid_gate)).to(dlogits_ptr.dtype.element_ty), mask=real)
+            if NARROW:
+                d_logit = (dot * gate * (1 - half_gate)).to(dlogits_ptr.dtype.element_ty)
+                tl.store(d_at + (H if GATED else 0), d_logit, mask=real)
         if OWN:
             dv = inverse[:, None] * (d_own - tl.where(unit, radial, 0.0)[:, None] * own)
             dv_at = dv_ptr + (token * DV_STRIDE + group * K)[:, None] + c[None, :]
@@ -1455,8 +1551,8 @@ if triton is not None:
 
 
 def head_columns(merged: Tensor, layer: Layer) -> tuple[Tensor, Tensor | None]:
-    """Values (N, G, K) and gate logits (N, H), or None, as views of the merged projection (..., W)."""
-    flat, (_, v_at, gates_at) = merged.flatten(0, -2), layer.columns
+    """Values (N, G, K) and gate logits (N, H or 2 H), or None, as views of the merged projection (..., W)."""
+    flat, (_, v_at, gates_at, _) = merged.flatten(0, -2), layer.columns
     logits = flat[:, gates_at:] if flat.size(1) > gates_at else None
     return flat[:, v_at:gates_at].unflatten(1, (-1, layer.head_dim)), logits
 
@@ -1494,10 +1590,10 @@ def gate_forward(y: Tensor, merged: Tensor, layer: Layer) -> Tensor:
     """y (N, H, K) -> (..., H K): without each head's own value, times the head's gate."""
     v, logits = head_columns(merged, layer)
     out = y.new_empty(*merged.shape[:-1], y.size(1) * y.size(2))
-    (n, h, k), g, gated, rows = y.shape, v.size(1), logits is not None, HEAD_ROWS // 2
+    (n, h, k), g, any_gate, rows = y.shape, v.size(1), logits is not None, HEAD_ROWS // 2
     gate_kernel[(triton.cdiv(n * g, rows),)](
-        y, v, logits if gated else y, out, n * g, v.stride(0), logits.stride(0) if gated else 0, h, g, k,
-        layer.exclude_own_value, gated, triton.next_power_of_2(k), rows, num_warps=HEAD_WARPS,
+        y, v, logits if any_gate else y, out, n * g, v.stride(0), logits.stride(0) if any_gate else 0, h, g, k,
+        layer.exclude_own_value, layer.gated, layer.narrow, triton.next_power_of_2(k), rows, num_warps=HEAD_WARPS,
     )  # fmt: skip
     return out
 
@@ -1505,12 +1601,12 @@ def gate_forward(y: Tensor, merged: Tensor, layer: Layer) -> Tensor:
 def gate_backward(grad: Tensor, y: Tensor, merged: Tensor, d_merged: Tensor, layer: Layer) -> Tensor:
     """-> gradient of y (N, H, K); writes the values' own part and the logits' to their columns of d_merged."""
     (v, logits), (dv, d_logits) = head_columns(merged, layer), head_columns(d_merged, layer)
-    (n, h, k), g, gated, rows, dy = y.shape, v.size(1), logits is not None, HEAD_ROWS // 2, torch.empty_like(y)
-    l_stride, dl_stride = (t.stride(0) if gated else 0 for t in (logits, d_logits))
+    (n, h, k), g, any_gate, rows, dy = y.shape, v.size(1), logits is not None, HEAD_ROWS // 2, torch.empty_like(y)
+    l_stride, dl_stride = (t.stride(0) if any_gate else 0 for t in (logits, d_logits))
     gate_backward_kernel[(triton.cdiv(n * g, rows),)](
-        grad, y, v, logits if gated else y, dy, dv, d_logits if gated else dy, n * g, v.stride(0), l_stride,
-        dv.stride(0), dl_stride, h, g, k, layer.exclude_own_value, gated, triton.next_power_of_2(k), rows,
-        num_warps=HEAD_WARPS,
+        grad, y, v, logits if any_gate else y, dy, dv, d_logits if any_gate else dy, n * g, v.stride(0), l_stride,
+        dv.stride(0), dl_stride, h, g, k, layer.exclude_own_value, layer.gated, layer.narrow,
+        triton.next_power_of_2(k), rows, num_warps=HEAD_WARPS,
     )  # fmt: skip
     return dy
 
@@ -1679,10 +1775,15 @@ def boundary_capacity(row_tokens: int) -> int:
     return max(64, 1 << max(row_tokens // 256 - 1, 1).bit_length())
 
 
-def host_row(tokens: np.ndarray, piece: int, pin: bool = False) -> tuple[Tensor, Docs]:
-    """n+1 tokens -> an int32 row of them and the document boundaries of the first n; page-locked if asked for."""
-    row = torch.from_numpy(tokens.astype(np.int32))
-    cu = torch.from_numpy(pack_boundaries(tokens[:-1], piece, boundary_capacity(len(tokens) - 1)))
+def host_row(tokens: np.ndarray, piece: int, pin: bool = False, edges: np.ndarray | None = None) -> tuple[Tensor, Docs]:
+    """n+1 tokens -> an int32 row of them and the boundaries of the first n; page-locked if asked for.
+
+    The boundaries are `edges`, of sequences no longer than `piece`, or else those of the documents.
+    """
+    n, row = len(tokens) - 1, torch.from_numpy(tokens.astype(np.int32))
+    room = boundary_capacity(n)
+    cu = pack_boundaries(tokens[:-1], piece, room) if edges is None else padded_edges(edges, n, room)
+    cu = torch.from_numpy(cu)
     return (row.pin_memory(), Docs(cu.pin_memory(), piece)) if pin else (row, Docs(cu, piece))
 
 
@@ -1695,16 +1796,11 @@ def sent_row(row: Tensor, docs: Docs, device: torch.device) -> tuple[Tensor, Ten
     return row[None, :-1].long(), row[None, 1:].long(), docs._replace(cu_seqlens=cu)
 
 
-def packed_row(tokens: np.ndarray, piece: int) -> tuple[Tensor, Tensor, Docs]:
-    """n+1 tokens -> inputs (1, n), targets (1, n) and the document boundaries of the inputs, on the CPU."""
-    return sent_row(*host_row(tokens, piece), torch.device("cpu"))
-
-
-def to_device(batch: tuple[Tensor, Tensor, Docs], device: torch.device) -> tuple[Tensor, Tensor, Docs]:
-    if device.type == "cpu":
-        return batch
-    inputs, targets, cu = (t.pin_memory().to(device, non_blocking=True) for t in (*batch[:2], batch[2].cu_seqlens))
-    return inputs, targets, Docs(cu, batch[2].max_len)
+def packed_row(
+    tokens: np.ndarray, piece: int, device: torch.device, edges: np.ndarray | None = None
+) -> tuple[Tensor, Tensor, Docs]:
+    """n+1 tokens -> inputs (1, n), targets (1, n) and the boundaries of the inputs, on the device."""
+    return sent_row(*host_row(tokens, piece, device.type == "cuda", edges), device)
 
 
 class TrainLoader:
@@ -1863,6 +1959,7 @@ class Visit(NamedTuple):
     two_lane: bool  # attention and MLP on lanes of their own
     save_skip: bool  # keep the output for a U-net skip
     skip: int | None  # slot of the skip merged before this visit
+    again: int  # earlier visits to the same layer
 
 
 def plan_depth(n_layers: int, loops: int, start: int, end: int, lanes_from: int) -> tuple[Visit, ...]:
@@ -1875,9 +1972,12 @@ def plan_depth(n_layers: int, loops: int, start: int, end: int, lanes_from: int)
     half = len(order) // 2
     skips = min(half, len(order) - half)
     return tuple(
-        Visit(layer, at >= half and 0 < lanes_from <= layer, at < half, at - half if 0 <= at - half < skips else None)
+        Visit(
+            layer, at >= half and 0 < lanes_from <= layer, at < half, at - half if 0 <= at - half < skips else None,
+            order[:at].count(layer),
+        )
         for at, layer in enumerate(order)
-    )
+    )  # fmt: skip
 
 
 # ---- blocks: the specification ---------------------------------------------------------------------------------------
@@ -1889,6 +1989,7 @@ class Deltas(NamedTuple):
     v: tuple[Tensor, Tensor] | None = None
     attn_bypass: tuple[Tensor, Tensor] | None = None  # from the attention input to its scaled output
     mlp_bypass: tuple[Tensor, Tensor] | None = None  # from the MLP input to its scaled output
+    narrow: tuple[Tensor, Tensor] | None = None  # to the narrow gates' logits, where these read the queries
 
 
 NO_DELTAS = Deltas()
@@ -1912,8 +2013,7 @@ class LayerWeights(NamedTuple):
 
     mix: Tensor  # (2, D): weights of the residual stream and of the embedding
     q_gain: Tensor  # (H,)
-    narrow_gate: Tensor | None  # (H, GATE_WINDOW)
-    qkv: Tensor  # (D + 2 G K + gates, D): rows of queries, keys, values, and of the head gates if there are any
+    qkv: Tensor  # (D + 2 G K + gates, D): rows of queries, keys, values and of the head gates there are
     wo: Tensor  # (D, D), times attn_scale
     up: Tensor  # (F, D)
     down: Tensor  # (D, F), times mlp_scale
@@ -1929,13 +2029,15 @@ class Layer(NamedTuple):
     head_dim: int
     depth_scale: float  # of the normed input: 1 / sqrt(layer + 1)
     exclude_own_value: bool
-    narrow_gate_reads_q: bool
+    gated: bool  # a gate sigmoid(z) for each head
+    narrow: bool  # a gate 2 sigmoid(z) for each head, from few channels
+    activation: Xielu | None  # None: the leaky square
 
     @property
-    def columns(self) -> tuple[int, int, int]:
-        """Where keys, values and gates begin in a row of the merged projection; queries begin at 0."""
+    def columns(self) -> tuple[int, int, int, int]:
+        """Where keys, values, gates and narrow gates begin in a row of the merged projection; queries begin at 0."""
         keys, width = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        return keys, keys + width, keys + 2 * width
+        return keys, keys + width, keys + 2 * width, keys + 2 * width + (self.heads if self.gated else 0)
 
 
 def exclude_own_value(y: Tensor, v: Tensor) -> Tensor:
@@ -2009,6 +2111,7 @@ class Context(NamedTuple):
     docs: Docs | None
     attention: Any  # the attention of the chosen kernels
     past: Past | None = None
+    echo: Callable[[Tensor], Tensor] | None = None  # what a switch makes of the heads' outputs (B, T, H, K)
 
 
 def matmul(x: Tensor, weight: Tensor, site: str, tap: Tap | None) -> Tensor:
@@ -2020,11 +2123,10 @@ def matmul(x: Tensor, weight: Tensor, site: str, tap: Tap | None) -> Tensor:
 
 def attend(n: Tensor, w: LayerWeights, layer: Layer, ctx: Context, deltas: Deltas, tap: Tap | None) -> Tensor:
     """The attention half of a block. n (B, T, D), normed -> (B, T, D)."""
-    k_at, v_at, gates_at = layer.columns
     merged = matmul(n, w.qkv, "attn_in", tap)
-    raw, k, v, logits = merged.tensor_split((k_at, v_at, gates_at), dim=-1)
-    raw, k, v = raw + low_rank(n, deltas.q), k + low_rank(n, deltas.k), v + low_rank(n, deltas.v)
-    q, k, v = (t.unflatten(-1, (-1, layer.head_dim)) for t in (raw, k, v))  # (B, T, heads, K)
+    q, k, v, gates, narrow = merged.tensor_split(layer.columns, dim=-1)
+    q, k, v = q + low_rank(n, deltas.q), k + low_rank(n, deltas.k), v + low_rank(n, deltas.v)
+    q, k, v = (t.unflatten(-1, (-1, layer.head_dim)) for t in (q, k, v))  # (B, T, heads, K)
     q, k = rotate(rms(q), ctx.rope) * w.q_gain[:, None], rotate(rms(k), ctx.rope)
     if ctx.docs is None:
         y = dense_attention(q, *(ctx.past.extend(k, v) if ctx.past else (k, v)))
@@ -2032,17 +2134,19 @@ def attend(n: Tensor, w: LayerWeights, layer: Layer, ctx: Context, deltas: Delta
         y = ctx.attention(*(t.flatten(0, 1) for t in (q, k, v)), ctx.docs).view_as(q)
     if layer.exclude_own_value:
         y = exclude_own_value(y, v)
-    if w.narrow_gate is not None:
-        source = raw if layer.narrow_gate_reads_q else n
-        y = y * (2 * F.linear(source[..., : w.narrow_gate.size(1)], w.narrow_gate).sigmoid()).unsqueeze(-1)
-    if logits.size(-1):
-        y = y * logits.sigmoid().unsqueeze(-1)
+    if ctx.echo is not None:
+        y = ctx.echo(y)
+    if layer.narrow:
+        y = y * (2 * (narrow + low_rank(n, deltas.narrow)).sigmoid()).unsqueeze(-1)
+    if layer.gated:
+        y = y * gates.sigmoid().unsqueeze(-1)
     return matmul(y.flatten(2), w.wo, "attn_out", tap) + low_rank(n, deltas.attn_bypass)
 
 
-def feed(n: Tensor, w: LayerWeights, deltas: Deltas, tap: Tap | None) -> Tensor:
+def feed(n: Tensor, w: LayerWeights, layer: Layer, deltas: Deltas, tap: Tap | None) -> Tensor:
     """The MLP half of a block. n (B, T, D), normed -> (B, T, D)."""
-    return matmul(leaky_square(matmul(n, w.up, "mlp_in", tap)), w.down, "mlp_out", tap) + low_rank(n, deltas.mlp_bypass)
+    hidden = (layer.activation or leaky_square)(matmul(n, w.up, "mlp_in", tap))
+    return matmul(hidden, w.down, "mlp_out", tap) + low_rank(n, deltas.mlp_bypass)
 
 
 def serial_block(
@@ -2054,7 +2158,7 @@ def serial_block(
     """
     x = mix(x, x0, w.mix)
     x = x + attend(rms(x) * layer.depth_scale, w, layer, ctx, deltas, tap)
-    return x + feed(rms(x) * layer.depth_scale, w, deltas, tap), x0
+    return x + feed(rms(x) * layer.depth_scale, w, layer, deltas, tap), x0
 
 
 def two_lane_block(
@@ -2062,7 +2166,7 @@ def two_lane_block(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Attention reads x (mixed with x0) and MLP reads `lane`, both from before the block; both write to both."""
     a = attend(rms(mix(x, x0, w.mix)) * layer.depth_scale, w, layer, ctx, deltas, tap)
-    b = feed(rms(lane) * layer.depth_scale, w, deltas, tap)
+    b = feed(rms(lane) * layer.depth_scale, w, layer, deltas, tap)
     return *update_lanes(x, lane, a, b, w.keep, w.post), x0
 
 
@@ -2087,6 +2191,12 @@ def _low_rank_forward(target: Tensor, x: Tensor, delta: tuple[Tensor, Tensor] | 
     return z
 
 
+def _low_rank_targets(merged: Tensor, deltas: Deltas, layer: Layer) -> tuple[list[Tensor], list[Any]]:
+    """Queries, keys, values and narrow gates of the merged projection (..., W), and what is added to each."""
+    q, k, v, _, narrow = merged.tensor_split(layer.columns, dim=-1)
+    return [q, k, v, narrow], [*deltas[:3], deltas.narrow]
+
+
 def _low_rank_backward(
     grad: Tensor, x: Tensor, z: Tensor | None, delta: tuple[Tensor, Tensor] | None, dx: Tensor
 ) -> tuple[Tensor | None, Tensor | None]:
@@ -2105,9 +2215,7 @@ def _attend_forward(
     layer, ctx = call
     u, n, rstd = mix_norm_forward(x, x0, w.mix, layer.depth_scale, keep_sum=residual)
     merged = F.linear(n, w.qkv)
-    k_at, v_at, gates_at = layer.columns
-    parts = merged.tensor_split((k_at, v_at, gates_at), dim=-1)
-    zs = [_low_rank_forward(part, n, d) for part, d in zip(parts, deltas[:3], strict=False)]
+    zs = [_low_rank_forward(p, n, d) for p, d in zip(*_low_rank_targets(merged, deltas, layer), strict=True)]
     q, k = prepare_forward(merged, w.q_gain, ctx.rope, layer)
     v, _ = head_columns(merged, layer)
     if ctx.past:
@@ -2122,8 +2230,8 @@ def _attend_forward(
 def _attend_backward(
     grad: Tensor, saved: Sequence[Tensor | None], state: Any, w: LayerWeights, call: BlockCall, deltas: Deltas,
     train_weights: bool,
-) -> tuple[Tensor, dict[str, Tensor], list[Tensor | None]]:  # fmt: skip
-    """-> gradient of n, of the weights by name, of q, k, v and bypass deltas (A, B, A, B, ...)."""
+) -> tuple[Tensor, dict[str, Tensor], Deltas]:  # fmt: skip
+    """-> gradient of n, of the weights by name, of the deltas of attention."""
     (layer, ctx), (n, _, merged, out, y, *zs) = call, saved
     d_merged = torch.empty_like(merged)
     d_out = gate_backward(grad @ w.wo, out, merged, d_merged, layer)
@@ -2132,9 +2240,10 @@ def _attend_backward(
         d_rest = (t.unflatten(0, (len(n), -1))[:, -n.size(1) :].flatten(0, 1) for t in d_rest)
     d_gain = prepare_backward(merged, d_merged, (dq, *d_rest), w.q_gain, ctx.rope, layer)
     dn = d_merged @ w.qkv
-    parts = (*d_merged.tensor_split(layer.columns, dim=-1)[:3], grad)
-    pairs = (*deltas[:3], deltas.attn_bypass)
-    d_deltas = [g for p, z, d in zip(parts, zs, pairs, strict=True) for g in _low_rank_backward(p, n, z, d, dn)]
+    parts, pairs = _low_rank_targets(d_merged, deltas, layer)
+    rows = zip((*parts, grad), zs, (*pairs, deltas.attn_bypass), strict=True)
+    d_q, d_k, d_v, d_narrow, d_bypass = (_low_rank_backward(p, n, z, d, dn) for p, z, d in rows)
+    d_deltas = Deltas(d_q, d_k, d_v, d_bypass, narrow=d_narrow)
     grads = {}
     if train_weights:
         grads = dict(qkv=_outer(d_merged, n), wo=_outer(grad, y), q_gain=d_gain)
@@ -2146,19 +2255,19 @@ def _feed_forward(
 ) -> tuple[Tensor, list[Tensor | None]]:
     """Norm and MLP half -> x + b, written over x (residual), or b, and what backward needs."""
     _, n, rstd = mix_norm_forward(x, None, None, call.layer.depth_scale, keep_sum=False)
-    pre, act = up_leaky(n.flatten(0, -2), w.up)
+    pre, act = up_leaky(n.flatten(0, -2), w.up, call.layer.activation)
     flat = x.flatten(0, -2)
     b = flat.addmm_(act, w.down.t()) if residual else F.linear(act, w.down)
     b = b.view_as(x)
     return b, [n, rstd, pre, act if train else None, _low_rank_forward(b, n, deltas.mlp_bypass)]
 
 
-def _feed_backward(
-    grad: Tensor, saved: Sequence[Tensor | None], w: LayerWeights, deltas: Deltas, train_weights: bool
-) -> tuple[Tensor, dict[str, Tensor], tuple[Tensor | None, Tensor | None]]:
+def _feed_backward(  # noqa: PLR0913
+    grad: Tensor, saved: Sequence[Tensor | None], w: LayerWeights, call: BlockCall, deltas: Deltas, train_weights: bool
+) -> tuple[Tensor, dict[str, Tensor], tuple[Tensor | None, Tensor | None]]:  # noqa: PLR0913
     """-> gradient of n, of the weights by name, of the bypass."""
     n, _, pre, act, z = saved
-    d_pre = down_leaky(grad.flatten(0, -2), w.down, pre)
+    d_pre = down_leaky(grad.flatten(0, -2), w.down, pre, call.layer.activation)
     dn = (d_pre @ w.up).view_as(n)
     d_delta = _low_rank_backward(grad, n, z, deltas.mlp_bypass, dn)
     grads = dict(up=_outer(d_pre, n), down=_outer(grad, act)) if train_weights else {}
@@ -2176,11 +2285,16 @@ def _unflatten(tensors: Sequence[Tensor | None]) -> tuple[LayerWeights, Deltas]:
     return LayerWeights(*tensors[:n]), Deltas(*(None if a is None else (a, b) for a, b in pairs))
 
 
-def _flatten(w: LayerWeights, deltas: Deltas) -> list[Tensor | None]:
+def _flatten(w: Iterable[Tensor | None], deltas: Deltas) -> list[Tensor | None]:
     return [*w, *(t for pair in deltas for t in (pair or (None, None)))]
 
 
-N_ATTEND, N_FEED = 9, 5  # tensors that the two halves save
+def _flatten_gradients(grads: Mapping[str, Tensor], deltas: Deltas) -> list[Tensor | None]:
+    """In the order of `_flatten`; None for a weight without one."""
+    return _flatten((grads.get(name) for name in LayerWeights._fields), deltas)
+
+
+N_ATTEND, N_FEED = 10, 5  # tensors that the two halves save
 
 
 def _trains(needs_gradient: Sequence[bool]) -> bool:
@@ -2209,7 +2323,7 @@ class FusedSerial(torch.autograd.Function):
         attend_saved, feed_saved = saved[:N_ATTEND], saved[N_ATTEND:][:N_FEED]
         want = ctx.needs_input_grad[1:3]
         train, scale, grad = ctx.train, ctx.call.layer.depth_scale, grad.contiguous()
-        dn, grads, d_mlp = _feed_backward(grad, feed_saved, w, deltas, train)
+        dn, grads, d_mlp = _feed_backward(grad, feed_saved, w, ctx.call, deltas, train)
         du, _, _ = mix_norm_backward(dn, *feed_saved[:2], scale, NormGradients(carry=grad))
         dn, more, d_attend = _attend_backward(du, attend_saved, ctx.state, w, ctx.call, deltas, train)
         dx, dx0, d_mix = mix_norm_backward(
@@ -2217,7 +2331,7 @@ class FusedSerial(torch.autograd.Function):
             inputs=(x, x0) if train else None, want=want,
         )  # fmt: skip
         grads |= more | dict(mix=d_mix)
-        return None, dx, dx0, *(grads.get(name) for name in LayerWeights._fields), *d_attend, *d_mlp
+        return None, dx, dx0, *_flatten_gradients(grads, d_attend._replace(mlp_bypass=d_mlp))
 
 
 class FusedTwoLane(torch.autograd.Function):
@@ -2242,7 +2356,7 @@ class FusedTwoLane(torch.autograd.Function):
         want, train, scale = ctx.needs_input_grad[1:4:2], ctx.train, ctx.call.layer.depth_scale
         gx, gl = (torch.zeros_like(x) if g is None else g.contiguous() for g in (gx, gl))
         da, db, d_keep, d_post = lanes_backward(gx, gl, x, lane, a, b, w.post)
-        dn, grads, d_mlp = _feed_backward(db, feed_saved, w, deltas, train)
+        dn, grads, d_mlp = _feed_backward(db, feed_saved, w, ctx.call, deltas, train)
         d_lane, _, _ = mix_norm_backward(dn, *feed_saved[:2], scale, NormGradients(carry=gl, keep=w.keep[1:]))
         dn, more, d_attend = _attend_backward(da, attend_saved, ctx.state, w, ctx.call, deltas, train)
         dx, dx0, d_mix = mix_norm_backward(
@@ -2250,14 +2364,14 @@ class FusedTwoLane(torch.autograd.Function):
             inputs=(x, x0) if train else None, want=want,
         )  # fmt: skip
         grads |= more | dict(mix=d_mix, keep=d_keep, post=d_post)
-        return None, dx, d_lane, dx0, *(grads.get(name) for name in LayerWeights._fields), *d_attend, *d_mlp
+        return None, dx, d_lane, dx0, *_flatten_gradients(grads, d_attend._replace(mlp_bypass=d_mlp))
 
 
 def serial_block_fused(
     x: Tensor, x0: Tensor, w: LayerWeights, layer: Layer, ctx: Context, deltas: Deltas, tap: Tap | None
 ) -> tuple[Tensor, Tensor]:
-    """`serial_block` by `FusedSerial`, which has neither taps nor narrow gates."""
-    if tap is not None or w.narrow_gate is not None:
+    """`serial_block` by `FusedSerial`, which has neither taps nor echoes."""
+    if tap is not None or ctx.echo is not None:
         return serial_block(x, x0, w, layer, ctx, deltas, tap)
     return FusedSerial.apply(BlockCall(layer, ctx), x, x0, *_flatten(w, deltas))
 
@@ -2265,8 +2379,8 @@ def serial_block_fused(
 def two_lane_block_fused(
     x: Tensor, lane: Tensor, x0: Tensor, w: LayerWeights, layer: Layer, ctx: Context, deltas: Deltas, tap: Tap | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`two_lane_block` by `FusedTwoLane`, which has neither taps nor narrow gates."""
-    if tap is not None or w.narrow_gate is not None:
+    """`two_lane_block` by `FusedTwoLane`, which has neither taps nor echoes."""
+    if tap is not None or ctx.echo is not None:
         return two_lane_block(x, lane, x0, w, layer, ctx, deltas, tap)
     return FusedTwoLane.apply(BlockCall(layer, ctx), x, lane, x0, *_flatten(w, deltas))
 
@@ -2320,9 +2434,9 @@ def importable(module: str) -> bool:
 class Attention(nn.Module):
     """The parameters of one layer's attention that are not in the banks."""
 
-    def __init__(self, cfg: Config):
+    def __init__(self, cfg: Config, gain: float):
         super().__init__()
-        self.q_gain = nn.Parameter(torch.full((cfg.num_heads,), cfg.qk_gain_init))
+        self.q_gain = nn.Parameter(torch.full((cfg.num_heads,), gain))
         if cfg.gated_attn_enabled:
             self.attn_gate_w = nn.Parameter(torch.empty(cfg.num_heads, cfg.model_dim))
             nn.init.normal_(self.attn_gate_w, std=cfg.gated_attn_init_std)
@@ -2334,9 +2448,9 @@ class Attention(nn.Module):
 class Block(nn.Module):
     """The parameters of one layer that are not in the banks."""
 
-    def __init__(self, cfg: Config):
+    def __init__(self, cfg: Config, gain: float):
         super().__init__()
-        self.attn = Attention(cfg)
+        self.attn = Attention(cfg, gain)
         self.attn_scale = nn.Parameter(torch.ones(cfg.model_dim))
         self.mlp_scale = nn.Parameter(torch.ones(cfg.model_dim))
         self.resid_mix = nn.Parameter(torch.stack((torch.ones(cfg.model_dim), torch.zeros(cfg.model_dim))))
@@ -2356,42 +2470,47 @@ def one_thread() -> Iterator[None]:
 class GPT(nn.Module):
     """The language model of PR #1736: looped layers, U-net skips, two lanes at the end, gated attention, tied head.
 
-    `looped` says whether the loop runs; parameter names and shapes are the public checkpoint contract.
+    `looped` is how often the looped layers run again. Parameter names and shapes are the public checkpoint contract.
     """
 
     def __init__(
         self, cfg: Config, kernels: Kernels = SPEC, dtype: torch.dtype = torch.float32, initialize: bool = True
     ):
         super().__init__()
-        self.cfg, self.kernels, self.dtype, self.looped = cfg, kernels, dtype, False
+        self.cfg, self.kernels, self.dtype = cfg, kernels, dtype
+        self.looped = False
         n_layers, d, kv = cfg.num_layers, cfg.model_dim, cfg.num_kv_heads * cfg.head_dim
         args = (cfg.loop_start, cfg.loop_end, cfg.parallel_start_layer)
-        self.plans = {on: plan_depth(n_layers, cfg.num_loops if on else 0, *args) for on in (False, True)}
+        self.plans = [plan_depth(n_layers, loops, *args) for loops in range(cfg.num_loops + 1)]
         self.tok_emb = nn.Embedding(cfg.vocab_size, d)
         self.qo_bank = nn.Parameter(torch.empty(2 * n_layers, d, d))  # queries of all layers, then outputs
         self.kv_bank = nn.Parameter(torch.empty(2 * n_layers, kv, d))  # keys, then values
         self.mlp_up_bank = nn.Parameter(torch.empty(n_layers, cfg.hidden_dim, d))
         self.mlp_down_bank = nn.Parameter(torch.empty(n_layers, d, cfg.hidden_dim))
-        n_skips = sum(v.skip is not None for v in self.plans[True])
+        n_skips = sum(v.skip is not None for v in self.plans[-1])
         self.skip_weights = nn.Parameter(torch.ones(n_skips, d))
         if cfg.skip_gates_enabled:
             self.skip_gates = nn.Parameter(torch.zeros(n_skips, d))
         self.parallel_post_lambdas = nn.Parameter(torch.ones(n_layers, 2, 2))
         self.parallel_resid_lambdas = nn.Parameter(torch.full((n_layers, 2), 1.1))
-        if cfg.smear_gate_enabled:
-            self.smear_gate = nn.Linear(cfg.gate_window, 1, bias=False)
-            self.smear_lambda = nn.Parameter(torch.zeros(1))
-        self.blocks = nn.ModuleList(Block(cfg) for _ in range(n_layers))
+        gains = cfg.qk_gains or [cfg.qk_gain_init] * n_layers
+        self.blocks = nn.ModuleList(Block(cfg, gain) for gain in gains)
         self.layer_constants = [
             Layer(
                 cfg.num_heads, cfg.num_kv_heads, cfg.head_dim, (i + 1) ** -0.5 if cfg.ln_scale else 1.0,
-                i >= n_layers - cfg.xsa_last_n, cfg.attn_out_gate_src == "q",
+                i >= n_layers - cfg.xsa_last_n, cfg.gated_attn_enabled, cfg.attn_out_gate_enabled,
+                xielu_of(i, n_layers) if cfg.xielu_enabled else None,
             )
             for i in range(n_layers)
         ]  # fmt: skip
         if initialize:  # for nothing where a state dict is loaded next
             with one_thread():
                 self.init_weights()
+        self.switches = switches(cfg)
+        with torch.random.fork_rng(devices=[]):
+            for switch in self.switches:
+                torch.manual_seed(cfg.seed)
+                switch.build(self)
 
     @torch.no_grad()
     def init_weights(self) -> None:
@@ -2402,8 +2521,6 @@ class GPT(nn.Module):
             nn.init.orthogonal_(matrix)
         self.qo_bank[n:].zero_()
         self.mlp_down_bank.zero_()
-        if self.cfg.smear_gate_enabled:
-            nn.init.zeros_(self.smear_gate.weight)
 
     def place(self, device: torch.device) -> GPT:
         """Moves to the device with every parameter in the dtype of its role."""
@@ -2411,6 +2528,15 @@ class GPT(nn.Module):
         for name, p in self.named_parameters():
             p.data = p.data.to(self.dtype if role_of(name).dtype == "compute" else torch.float32)
         return self
+
+    @property
+    def looped(self) -> int:
+        """Extra passes over the looped layers: 0 to NUM_LOOPS; set to True for all of them."""
+        return self._looped
+
+    @looped.setter
+    def looped(self, passes: bool | int) -> None:
+        self._looped = self.cfg.num_loops if passes is True else int(passes)
 
     @property
     def plan(self) -> tuple[Visit, ...]:
@@ -2427,11 +2553,13 @@ class GPT(nn.Module):
         rows = [queries, *self.kv_bank.split(n)]
         if self.cfg.gated_attn_enabled:
             rows.append(stack("attn.attn_gate_w"))
-        narrow = stack("attn.attn_gate_proj.weight").to(dtype) if self.cfg.attn_out_gate_enabled else [None] * n
+        if self.cfg.attn_out_gate_enabled:  # reads the first channels of the normed stream, or of the queries
+            narrow, window = stack("attn.attn_gate_proj.weight"), self.cfg.gate_window
+            reads_input = self.cfg.attn_out_gate_src == "proj"
+            rows.append(F.pad(narrow, (0, queries.size(-1) - window)) if reads_input else narrow @ queries[:, :window])
         columns = LayerWeights(
             mix=stack("resid_mix").to(dtype),
             q_gain=stack("attn.q_gain").to(dtype),
-            narrow_gate=narrow,
             qkv=torch.cat([r.to(dtype) for r in rows], dim=1),
             wo=(stack("attn_scale").unsqueeze(-1) * outputs).to(dtype),
             up=self.mlp_up_bank.to(dtype),
@@ -2441,14 +2569,11 @@ class GPT(nn.Module):
         )
         return [LayerWeights(*row) for row in zip(*map(list, columns), strict=True)]
 
-    def embed(self, tokens: Tensor) -> Tensor:
+    def embed(self, tokens: Tensor, tap: Tap | None = None) -> Tensor:
         """(B, T) -> (B, T, D), normed."""
         x = F.embedding(tokens, self.tok_emb.weight).to(self.dtype)
-        if self.cfg.smear_gate_enabled:
-            w, strength = self.smear_gate.weight.to(x.dtype), self.smear_lambda.to(x.dtype)
-            gate = strength * F.linear(x[:, 1:, : self.cfg.gate_window], w).sigmoid()
-            gate = gate * (tokens[:, 1:, None] != BOS)  # a document's first token has no predecessor
-            x = torch.cat((x[:, :1], x[:, 1:] + gate * x[:, :-1]), dim=1)
+        for switch in self.switches:
+            x = switch.embed(self, x, tokens, tap)
         return self.kernels.mean_norm(x, None)
 
     def trunk(
@@ -2466,10 +2591,12 @@ class GPT(nn.Module):
         gates = self.skip_gates.to(self.dtype) if cfg.skip_gates_enabled else [None] * len(self.skip_weights)
         skip_weights = self.skip_weights.to(self.dtype)
 
-        x = x0 = self.embed(tokens)
+        x = x0 = self.embed(tokens, tap)
         lane, kept = None, []
         for visit, deltas, past in zip(self.plan, visit_deltas, pasts, strict=False):
             where = ctx._replace(past=past)
+            for switch in self.switches:
+                where = switch.attention(self, visit, where)
             args = layers[visit.layer], self.layer_constants[visit.layer], where, self.scaled(deltas, visit.layer)
             peek = tap and (lambda site, t, i=visit.layer: tap(f"blocks.{i}.{site}", t))
             if visit.two_lane and lane is None:
@@ -2479,7 +2606,12 @@ class GPT(nn.Module):
             if visit.two_lane:
                 x, lane, x0 = kernels.two_lane(x, lane, x0, *args, peek)
             else:
+                before = x
+                for switch in self.switches:
+                    x = switch.enter(self, visit, x)
                 x, x0 = kernels.serial(x, x0, *args, peek)
+                for switch in self.switches:
+                    x = switch.leave(self, visit, before, x)
             if visit.save_skip:
                 kept.append(x)
         if lane is not None and cfg.parallel_final_lane != "mean":
@@ -2487,13 +2619,18 @@ class GPT(nn.Module):
         return kernels.mean_norm(x, lane)
 
     def scaled(self, deltas: Deltas, layer: int) -> Deltas:
-        """The bypasses with the scales that the layer's matrices carry in `layers`."""
+        """The deltas as they act on the layer's matrices of `layers`: bypasses with the scales that those carry."""
         if deltas is NO_DELTAS:
             return deltas
         block, bypasses = self.blocks[layer], {}
         for name, scale in (("attn_bypass", block.attn_scale), ("mlp_bypass", block.mlp_scale)):
             if (pair := getattr(deltas, name)) is not None:
                 bypasses[name] = pair[0], scale.to(self.dtype).unsqueeze(-1) * pair[1]
+        if (
+            self.cfg.attn_out_gate_enabled and self.cfg.attn_out_gate_src == "q"
+        ):  # what they read moves with the queries
+            gate, (a, b) = block.attn.attn_gate_proj.weight.to(self.dtype), deltas.q
+            bypasses["narrow"] = a, gate @ b[:, : self.cfg.gate_window]
         return deltas._replace(**bypasses)
 
     def forward(
@@ -2549,6 +2686,9 @@ ROLES = (  # first match counts; a test asserts that every parameter has exactly
     Role("tok_emb.weight",          "embed",  "compute", "gptq"),
     Role("blocks.*.attn_gate_w",    "scalar", "float32", "rows"),
     Role("blocks.*",                "scalar", "float32", "float16"),
+    Role("bigram.embed.weight",     "embed",  "float32", "gptq"),
+    Role("bigram.proj.weight",      "muon",   "float32", "float16"),
+    Role("recur_*",                 "scalar", "float32", "float16"),
     Role("skip_*",                  "scalar", "float32", "float16"),
     Role("parallel_*_lambdas",      "scalar", "float32", "float16"),
     Role("smear_*",                 "scalar", "float32", "float16"),
@@ -2571,6 +2711,11 @@ def training_fraction(cfg: Config, step: int, seconds: float) -> float:
     if cfg.max_wallclock_seconds > 0:
         return seconds / (cfg.max_wallclock_seconds - cfg.gptq_reserve_seconds)
     return step / cfg.iterations
+
+
+def looped_at(cfg: Config, fraction: float) -> int:
+    """Extra passes over the looped layers."""
+    return max([0, *(loops for at, loops in cfg.loop_stages if fraction >= at)])
 
 
 def lr_multiplier(cfg: Config, fraction: float) -> float:
@@ -2637,19 +2782,24 @@ class Optimizer:
         out[: len(bank)] = bank
         return out
 
+    def touched(self) -> list[Tensor]:
+        """The other parameters that have a gradient: what only the loop uses has none before it starts."""
+        return [p for p in self.others if p.grad is not None]
+
     @torch.no_grad()
     def reduce(self) -> Tensor:
         """Sums the gradients over the ranks; returns the norm of the whole gradient, a scalar tensor."""
+        others = self.touched()
         if self.run.world == 1:
             self.shards = [p.grad for p in self.banks]
-            return joint_norm([*self.shards, *(p.grad for p in self.others)])
+            return joint_norm([*self.shards, *(p.grad for p in others)])
         self.shards, waits = [], []
         for p, rows in zip(self.banks, self.rows, strict=True):
             self.shards.append(torch.empty(rows, *p.shape[1:], dtype=self.wire, device=p.device))
             waits.append(_reduce_scatter(self.shards[-1], self._padded(p.grad, rows), async_op=True))
-        flat = torch.cat([p.grad.float().flatten() for p in self.others])  # one transfer for all the small ones
+        flat = torch.cat([p.grad.float().flatten() for p in others])  # one transfer for all the small ones
         dist.all_reduce(flat)
-        for p, piece in zip(self.others, flat.split([p.numel() for p in self.others]), strict=True):
+        for p, piece in zip(others, flat.split([p.numel() for p in others]), strict=True):
             p.grad = piece.view_as(p).to(p.dtype)
         for w in waits:
             w.wait()
@@ -2660,7 +2810,7 @@ class Optimizer:
         """Scales the averaged gradient down to GRAD_CLIP_NORM; no host sync."""
         if self.cfg.grad_clip_norm > 0:
             scale = (self.cfg.grad_clip_norm / (norm + 1e-6)).clamp(max=1.0)
-            for grads in by_dtype([*self.shards, *(p.grad for p in self.others)]):
+            for grads in by_dtype([*self.shards, *(p.grad for p in self.touched())]):
                 torch._foreach_mul_(grads, scale)
 
     @torch.no_grad()
@@ -2798,7 +2948,7 @@ def evaluate(model: GPT, val: ValidationSet, cfg: Config, run: Run, label: str) 
             tokens = val.tokens[r * row : (r + 1) * row + 1]
             n = len(tokens) - 1
             tokens = np.pad(tokens, (0, row - n), constant_values=BOS)  # one shape for the tail, too
-            inputs, targets, docs = to_device(packed_row(tokens, cfg.eval_seq_len), run.device)
+            inputs, targets, docs = packed_row(tokens, cfg.eval_seq_len, run.device)
             losses = model(inputs, targets, docs=docs, reduction="none")
             meter.add(losses[0, :n], n, int(val.token_bytes[r * row + 1 : r * row + n + 1].sum()))
             run.progress(f"evaluating {label}", r + 1, n_rows, began)
@@ -2826,7 +2976,7 @@ class Progress:
 
     step: int = 0
     seconds: float = 0.0  # of counted training time
-    looped: bool = False
+    looped: int = 0  # extra passes over the looped layers
 
 
 class Stopwatch:
@@ -2865,8 +3015,7 @@ def prime(cfg: Config, run: Run, model: GPT, optimizer: Optimizer) -> None:
         return
     weights = {n: p.detach().clone() for n, p in model.named_parameters()}
     state = optimizer.state_dict()
-    modes = (False, True) if cfg.num_loops > 0 else (False,)
-    for looped in modes:
+    for looped in sorted({0, *(loops for _, loops in cfg.loop_stages)}):
         model.looped = looped
         if looped:
             run.log(f"loop_warmup:enabled {describe_plan(model.plan)}")
@@ -2948,8 +3097,8 @@ class TrainLog:
     ranks, the same number everywhere: every rank stops or none does.
     """
 
-    def __init__(self, cfg: Config, run: Run, watch: Stopwatch):
-        self.cfg, self.run, self.watch, self.began = cfg, run, watch, time.monotonic()
+    def __init__(self, model: GPT, run: Run, watch: Stopwatch):
+        self.model, self.cfg, self.run, self.watch, self.began = model, model.cfg, run, watch, time.monotonic()
         self.pending: tuple[Arrival, dict[str, Any]] | None = None
 
     def add(self, progress: Progress, loss: Tensor, lr_mul: float) -> None:
@@ -2964,6 +3113,8 @@ class TrainLog:
         if due:
             line = f"train_loss: {self.settle():.4f} train_time: {seconds / 60:.1f}m tok/s: {tokens / seconds:.0f}"
             self.run.log(f"{step}/{cfg.iterations} {line}")
+            for text in filter(None, (switch.line(self.model) for switch in self.model.switches)):
+                self.run.log(text)
         self.run.progress("training", *self._share(progress), self.began, every=20)
 
     def _share(self, progress: Progress) -> tuple[float, float]:
@@ -2990,7 +3141,7 @@ def train(cfg: Config, run: Run, model: GPT, val: ValidationSet) -> Progress:
     run.sync()
     run.barrier()
     watch = Stopwatch(progress.seconds)
-    log = TrainLog(cfg, run, watch)
+    log = TrainLog(model, run, watch)
     while True:
         # Every rank follows the clock of rank 0, so schedules and the loop's onset agree to the step.
         progress.seconds, stop = run.agree(watch.seconds() if run.main else 0.0, run.stop_signal)
@@ -3001,24 +3152,33 @@ def train(cfg: Config, run: Run, model: GPT, val: ValidationSet) -> Progress:
                 log.settle()
                 score = evaluate(model, val, cfg, run, f"step {step}")
                 run.log(f"{step}/{cfg.iterations} val_loss: {score.loss:.4f} val_bpb: {score.bpb:.4f}")
+                for switch in model.switches if run.main else ():
+                    switch.observe(model, val, run, step)
         due = cfg.checkpoint_every > 0 and step > 0 and step % cfg.checkpoint_every == 0
         if stop or (due and not done):
             log.settle()
             save_checkpoint(run, model, optimizer, average, progress)
         if stop:
             name = signal.Signals(int(stop)).name
-            raise Stop(f"stopped by {name} at step {step}: RESUME=1 RUN_DIR={run.folder} goes on", 128 + int(stop))
+            raise Stop(
+                f"stopped by {name} at step {step}: RESUME=1 RUN_DIR={run.folder} goes on, with the same knobs",
+                128 + int(stop),
+            )
         if done:
             break
-        if cfg.num_loops > 0 and not progress.looped and fraction >= cfg.enable_looping_at:
-            model.looped = progress.looped = True
+        if (looped := looped_at(cfg, fraction)) > progress.looped:
+            model.looped = progress.looped = looped
             run.log(f"layer_loop:enabled step:{step} frac:{fraction:.3f} {describe_plan(model.plan)}")
+        for switch in model.switches:
+            switch.schedule(fraction)
         lr_mul = lr_multiplier(cfg, fraction)
         loss = run.sum(train_step(model, optimizer, loader, lr_mul, muon_momentum(cfg, step)))
         average.update()
         progress.step += 1
         log.add(progress, loss, lr_mul)
     loader.close()
+    for switch in model.switches:
+        switch.schedule(1.0)
     progress.seconds = run.agree(watch.total if run.main else 0.0)[0]  # with the steps that were queued, now done
     if progress.step < cfg.iterations:
         run.log(
@@ -3073,10 +3233,14 @@ def rebank(flat: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return state
 
 
+# Tables see no inputs: what stands for them is what the embedding is multiplied with, and what the pair table gives.
+OUTPUT_TAPS = {"tok_emb.weight": "head", "bigram.embed.weight": "bigram"}
+
+
 def hessian_key(name: str) -> str:
     """The tap that sees the inputs of matrix `name`."""
-    if name == "tok_emb.weight":
-        return "head"
+    if name in OUTPUT_TAPS:
+        return OUTPUT_TAPS[name]
     layer, matrix = name.removeprefix("blocks.").removesuffix(".weight").split(".", 1)
     return f"blocks.{layer}.{MATRICES[matrix].site}"
 
@@ -3212,7 +3376,7 @@ def gptq_batches(flat: Mapping[str, Tensor], cfg: Config) -> list[Batch]:
         if matrix:
             knobs = cfg.matrix_bits, getattr(cfg, f"{matrix.clip}_clip_sigmas")
         elif role_of(name).storage == "gptq":
-            knobs = cfg.embed_bits, cfg.embed_clip_sigmas
+            knobs = cfg.embed_bits if name == "tok_emb.weight" else cfg.matrix_bits, cfg.embed_clip_sigmas
         else:
             continue
         stacks.setdefault((hessian_key(name), *knobs), []).append(name)
@@ -3276,115 +3440,11 @@ def code_share(
     return coded, notes, ""
 
 
-# ---- rotations: GPTQ in other coordinates (SpinQuant, Liu et al. 2024, arXiv 2405.16406) -----------------------------
-# A matrix is coded as P^T W Q with the Hessian Q^T H Q of its inputs x Q, and decoded as P (...) Q^T. Turning x at run
-# time instead, as PR #1695 does, is the same function: (x Q)(W Q)^T = x W^T, whatever rounding makes of W Q. So the
-# model, its kernels, adapters and base learning stay as they are (SGD with momentum and a norm clip takes the same step
-# in any orthonormal coordinates), every part is exact before rounding, and the artifact pays for a mode and a seed.
-# attn_scale and mlp_scale are not folded into the rows of the outputs: the adapters' bypasses share them.
-#
-# Public evidence: none of it helps. Five variants lie within 9e-5 bpb after TTT, though with Hessians of the unlooped
-# network, and port_1695 costs 16 kB. None of them turned the embedding, as `full` does: 1.3e-3 bpb better on the demo.
-SPINS: dict[str, dict[str, tuple[str, str]]] = {  # mode -> matrix -> (what turns its rows, what turns its columns)
-    "baseline": {},
-    "internal_only": {"attn.c_v": ("values", ""), "attn.proj": ("", "queries")},
-    "port_1695": {
-        "attn.c_q": ("", "attn_in"), "attn.c_k": ("", "attn_in"), "attn.c_v": ("", "attn_in"),
-        "attn.proj": ("", "attn_proj_in"), "mlp.fc": ("", "mlp_in"), "mlp.proj": ("", "mlp_proj_in"),
-    },
-    "full": {
-        "attn.c_q": ("", "stream"), "attn.c_k": ("", "stream"), "attn.c_v": ("values", "stream"),
-        "attn.proj": ("stream", "queries"), "mlp.fc": ("", "stream"), "mlp.proj": ("stream", "mlp_proj_in"),
-        "tok_emb": ("", "stream"),
-    },
-}  # fmt: skip
-SPIN_SITES = ("attn_in", "attn_proj_in", "mlp_in", "mlp_proj_in")
-Blocks = tuple[tuple[int, int], ...]  # (size, seed) of the rotations along the diagonal of a larger one; (): none
-
-
-def spin_sites(cfg: Config) -> tuple[list[str], list[str]]:
-    """The sites that SPINQUANT_SITES names, and what else it names."""
-    asked = {s.strip() for s in cfg.spinquant_sites.split(",")} - {"", "none"}
-    return [s for s in SPIN_SITES if s in asked], sorted(asked - set(SPIN_SITES))
-
-
-def spin_blocks(what: str, layer: int, cfg: Config) -> Blocks:
-    """One rotation for all layers, but one per layer and key/value group for what the heads mix."""
-    if what in ("values", "queries"):
-        seed, times = cfg.spinquant_seed + 1000 * layer, cfg.num_heads // cfg.num_kv_heads if what == "queries" else 1
-        return tuple((cfg.head_dim, seed + group) for group in range(cfg.num_kv_heads) for _ in range(times))
-    if not what or what in set(SPIN_SITES) - set(spin_sites(cfg)[0]):
-        return ()
-    digest = hashlib.sha256(f"{cfg.spinquant_seed}:{what}".encode()).digest()
-    return ((cfg.hidden_dim if what == "mlp_proj_in" else cfg.model_dim, int.from_bytes(digest[:4], "big")),)
-
-
-def rotations(cfg: Config) -> dict[str, tuple[Blocks, Blocks]]:
-    """Of every matrix that the mode turns, by its public name: the rotations of its rows and of its columns.
-
-    Matrices of one input have the same rotation of columns, so they still share a Hessian and a GPTQ stack.
-    """
-    turns = {}
-    for (matrix, (rows, columns)), i in itertools.product(SPINS[cfg.spinquant_mode].items(), range(cfg.num_layers)):
-        pair = spin_blocks(rows, i, cfg), spin_blocks(columns, i, cfg)
-        if any(pair):
-            turns[f"blocks.{i}.{matrix}.weight" if matrix in MATRICES else f"{matrix}.weight"] = pair
-    return turns
-
-
-@functools.cache
-def orthogonal(size: int, seed: int) -> Tensor:
-    """Q of the QR factors of random signs times a Hadamard matrix, cut to (size, size); float64.
-
-    The signs come from NumPy's legacy generator, whose stream is frozen: the decoder has to find the same ones.
-    """
-    h = torch.ones(1, 1, dtype=torch.float64)
-    while len(h) < size:
-        h = torch.cat((torch.cat((h, h), 1), torch.cat((h, -h), 1)))
-    signs = torch.from_numpy(np.random.RandomState(seed).choice((-1.0, 1.0), (size, 1)))
-    return torch.linalg.qr(signs * h[:size, :size] / size**0.5).Q
-
-
-def turned(x: Tensor, rows: Blocks, columns: Blocks, back: bool = False) -> Tensor:
-    """P^T x Q in float32, back: P x Q^T; x (rows, columns). In between float64: TF32 would cost more than rounding."""
-    x = x.double()
-    p, q = (torch.block_diag(*(orthogonal(*b) for b in blocks)).to(x.device) for blocks in (rows, columns))
-    if rows:
-        x = (p if back else p.mT) @ x
-    if columns:
-        x = x @ (q.mT if back else q)
-    return x.float()
-
-
-def spin(flat: Mapping[str, Tensor], cfg: Config, back: bool = False) -> dict[str, Tensor]:
-    """The matrices in the coordinates in which they are coded; back: out of them."""
-    turns = rotations(cfg)
-    return {name: turned(x, *turns[name], back) if name in turns else x for name, x in flat.items()}
-
-
-def spin_hessians(hessians: Mapping[str, Tensor], cfg: Config, run: Run) -> dict[str, Tensor]:
-    """Those of the turned inputs."""
-    turns, (known, unknown) = rotations(cfg), spin_sites(cfg)
-    keys = {name: hessian_key(name) for name, (_, columns) in turns.items() if columns}
-    sites = [columns for _, columns in SPINS[cfg.spinquant_mode].values() if columns in SPIN_SITES]
-    skipped = sum(s not in known for s in sites) * cfg.num_layers
-    active, missing = [s for s in known if s in sites], sum(key not in hessians for key in keys.values())
-    if unknown:
-        run.log(f"spinquant:unknown_sites_ignored:{unknown}")
-    run.log(
-        f"spinquant:rotated_weights:{len(turns)} hessians:{len(keys) - missing} missing_hessians:{missing} "
-        f"skipped_by_sites:{skipped} active_sites:{active}"
-    )
-    columns = {key: turns[name][1] for name, key in keys.items()}
-    return {key: turned(h, columns[key], columns[key]) if key in columns else h for key, h in hessians.items()}
-
-
-# ---- all tensors -----------------------------------------------------------------------------------------------------
 def quantize(state: Mapping[str, Tensor], hessians: Mapping[str, Tensor], cfg: Config, run: Run) -> dict[str, Coded]:
     """Every tensor in its stored form, GPTQ split over the ranks, the result on all of them."""
     flat = unbank(state)
-    if cfg.spinquant_mode != "baseline":
-        flat, hessians = spin(flat, cfg), spin_hessians(hessians, cfg, run)
+    for switch in switches(cfg):
+        flat, hessians = switch.code(flat, hessians, run)
     batches = gptq_batches(flat, cfg)
     shares = run.gather(code_share(share_of(run.rank, run.world, batches), flat, hessians, run))
     for note in itertools.chain.from_iterable(notes for _, notes, _ in shares):
@@ -3422,8 +3482,10 @@ MODEL_FIELDS = (
     "logit_softcap", "rope_base", "rope_dims", "rope_yarn", "ln_scale", "xsa_last_n", "skip_gates_enabled", "num_loops",
     "loop_start", "loop_end", "parallel_start_layer", "parallel_final_lane", "gated_attn_enabled",
     "attn_out_gate_enabled", "attn_out_gate_src", "smear_gate_enabled", "gate_window", "train_seq_len",
+    "xielu_enabled", "bigram_hash_enabled", "bigram_hash_buckets", "bigram_hash_dim", "bigram_hash_prime_a",
+    "bigram_hash_prime_b", "recur_alpha_enabled", "recur_alpha_form", "recur_alpha_values", "cross_pass_xsa_enabled",
 )  # fmt: skip
-CODED_FIELDS = (*MODEL_FIELDS, "spinquant_mode", "spinquant_seed", "spinquant_sites")
+CODED_FIELDS = (*MODEL_FIELDS, "spinquant_enabled", "spinquant_mode", "spinquant_seed", "spinquant_sites")
 
 
 class ArtifactError(ValueError):
@@ -3499,7 +3561,7 @@ def unshuffle_bytes(data: bytes) -> bytes:
     return out.tobytes()
 
 
-def pack(coded: Mapping[str, Coded], looped: bool, cfg: Config) -> bytes:
+def pack(coded: Mapping[str, Coded], looped: int, cfg: Config) -> bytes:
     """The artifact as bytes: identical for identical input."""
     sections: dict[str, bytearray] = {}
     for name, c in coded.items():
@@ -3510,7 +3572,7 @@ def pack(coded: Mapping[str, Coded], looped: bool, cfg: Config) -> bytes:
     with ThreadPoolExecutor() as pool:  # the compressors release the interpreter lock
         packed = list(pool.map(COMPRESSORS[cfg.compressor][0], pieces))
     payload = b"".join(packed)
-    defaults, names = Config(), MODEL_FIELDS if cfg.spinquant_mode == "baseline" else CODED_FIELDS
+    defaults, names = Config(), CODED_FIELDS if cfg.spinquant_enabled else MODEL_FIELDS
     header = {
         "compressor": cfg.compressor,
         "looped": looped,
@@ -3536,7 +3598,7 @@ def read_header(blob: bytes) -> tuple[dict[str, Any], bytes]:
     try:
         inflate = zlib.decompressobj()
         header = json.loads(inflate.decompress(body[4:size], HEADER_LIMIT))
-        right = inflate.eof and header["compressor"] in list(COMPRESSORS) and isinstance(header["looped"], bool)
+        right = inflate.eof and header["compressor"] in list(COMPRESSORS) and isinstance(header["looped"], int)
         right = right and isinstance(header["config"], dict) and isinstance(header["tensors"], list)
         right = right and all(isinstance(n, int) and n >= 0 for n in header["pieces"])
     except (zlib.error, ValueError, KeyError, TypeError, RecursionError):
@@ -3569,10 +3631,10 @@ def _tensor_layout(header: dict[str, Any]) -> list[tuple[str, str, int, list[int
     return rows
 
 
-def unpack(blob: bytes) -> tuple[dict[str, Tensor], bool, dict[str, Any]]:
-    """Artifact -> (banked state dict in float32, whether the loop is on, model settings that differ from the defaults).
+def unpack(blob: bytes) -> tuple[dict[str, Tensor], int, dict[str, Any]]:
+    """Artifact -> (banked state dict in float32, extra passes of the loop, model settings unlike the defaults).
 
-    Where these settings hold a SPINQUANT_MODE, the matrices are still in its coordinates: `spin(..., back=True)`.
+    Where these settings hold a SPINQUANT_MODE, the matrices are still in its coordinates.
     Raises ArtifactError in one sentence for anything damaged, cut short or impossible; allocates what the header's
     shapes need and no more than RAW_LIMIT.
     """
@@ -3616,6 +3678,14 @@ def _piece(data: bytes, size: int, section: str, compressor: str) -> bytes:
     if len(raw) != size:
         raise ArtifactError(f"a piece of its section {section} has {len(raw)} bytes instead of {size}")
     return raw
+
+
+def without_switches(source: str, cfg: Config) -> str:
+    """This program without the switches that are off; `switch_rules` refuses to turn one on that is not there."""
+    off = {kind.__name__ for kind in Switch.__subclasses__() if not getattr(cfg, kind.knob)}
+    tree = ast.parse(source)
+    tree.body = [node for node in tree.body if not (isinstance(node, ast.ClassDef) and node.name in off)]
+    return ast.unparse(tree)
 
 
 class StripAnnotations(ast.NodeTransformer):
@@ -3670,10 +3740,10 @@ def self_extracting(program: str) -> bytes:
     return STUB.replace("{}", text).encode("latin-1")
 
 
-def build_submission(folder: Path, artifact: bytes) -> dict[str, int]:
+def build_submission(folder: Path, artifact: bytes, cfg: Config) -> dict[str, int]:
     """Writes submission/train_gpt.py and submission/final_model.int6.ptz; returns the bytes of each and their sum."""
     source = Path(__file__).read_text()
-    code = self_extracting(minify(source))
+    code = self_extracting(minify(without_switches(source, cfg)))
     write_atomically(folder / "train_gpt.py", lambda f: f.write(code))
     write_atomically(folder / ARTIFACT_NAME, lambda f: f.write(artifact))
     sizes = {"source": len(source.encode()), **{k: (folder / n).stat().st_size for k, n in
@@ -4033,7 +4103,8 @@ def adapt_base(model: GPT, val: ValidationSet, scored: Sequence[Document], cfg: 
             loss = base_loss(model, text[a : min(a + share, span.stop) + 1], share, cfg, run) / len(span)
             loss.backward()
             for p in params:
-                run.sum(p.grad)
+                if p.grad is not None:  # else a switch acts in repeated visits that this model does not make
+                    run.sum(p.grad)
             nn.utils.clip_grad_norm_(params, cfg.global_ttt_grad_clip)
             optimizer.step()
             optimizer.zero_grad()
@@ -4048,13 +4119,11 @@ def base_loss(model: GPT, tokens: np.ndarray, row: int, cfg: Config, run: Run) -
     """Summed nats of the targets in `tokens` (n inputs and one target more), padded to `row` inputs."""
     n = max(len(tokens) - 1, 0)
     tokens = np.pad(tokens, (0, row + 1 - len(tokens)), constant_values=BOS)
-    inputs, targets, docs = packed_row(tokens, cfg.eval_seq_len)
     # Sequences are cut on one grid whatever the ranks' shares: every number of ranks learns from the same pieces.
     edges = np.arange(0, row, cfg.eval_seq_len)
     if cfg.global_ttt_respect_doc_boundaries:
         edges = np.union1d(edges, np.flatnonzero(tokens[:-1] == BOS))
-    docs = docs._replace(cu_seqlens=torch.from_numpy(padded_edges(edges, row, len(docs.cu_seqlens))))
-    inputs, targets, docs = to_device((inputs, targets, docs), run.device)
+    inputs, targets, docs = packed_row(tokens, cfg.eval_seq_len, run.device, edges)
     counts = (torch.arange(row, device=run.device) < n)[None]
     return (model(inputs, targets, docs=docs, reduction="none") * counts).sum()
 
@@ -4071,18 +4140,20 @@ def shape_fingerprint(cfg: Config, fields: Sequence[str] = MODEL_FIELDS) -> dict
 
 
 def load_stage_file(
-    cfg: Config, run: Run, name: str, asked: str, fields: Sequence[str] = MODEL_FIELDS
+    cfg: Config, run: Run, name: str, asked: str, fields: Sequence[str] = MODEL_FIELDS, **how: Any
 ) -> dict[str, Any]:
     """A file that an earlier stage left in the run folder. Raises Stop if it is missing, broken or of another model."""
     path = run.folder / name
     try:
-        state = torch.load(path, map_location=run.device, weights_only=True)
+        state = torch.load(path, weights_only=True, **{"map_location": run.device, **how})
+        theirs = state["fingerprint"]
     except Exception as e:  # torch raises many kinds for a damaged file
         raise Stop(f"{asked} cannot read {path} ({type(e).__name__}): start from an earlier stage", 2) from None
     ours = shape_fingerprint(cfg, fields)
-    theirs = shape_fingerprint(Config(), fields) | state["fingerprint"]  # a file may be older than a setting
+    theirs = shape_fingerprint(Config(), fields) | theirs  # a file may be older than a setting
     if differ := [f"{k.upper()}={theirs[k]} there, {ours[k]} here" for k in ours if theirs[k] != ours[k]]:
-        raise Stop(f"{path} belongs to another model: {'; '.join(differ)}", 2)
+        remedy = "set the knobs of that run (its run.json has them)"
+        raise Stop(f"{path} belongs to another model: {'; '.join(differ)}; {remedy}", 2)
     return state
 
 
@@ -4129,11 +4200,10 @@ def restored_model(cfg: Config, run: Run, result: dict[str, Any]) -> GPT:
     return model
 
 
-def checkpoint_model(cfg: Config, run: Run, val: ValidationSet, result: dict[str, Any]) -> GPT:
+def checkpoint_model(cfg: Config, run: Run) -> GPT:
     """The model of a float checkpoint: our 01_weights.pt, or a public state dict (loop on, as the record scores)."""
     path = cfg.float_checkpoint
     asked = f"{'HOTSTART_FP_CKPT' if cfg.hotstart_fp_ckpt else 'EVAL_ONLY_CHECKPOINT'}={path}"
-    run.log(f"EVAL_ONLY_BYPASS: loading {path}, skipping training")
     try:
         file = torch.load(path, map_location=run.device, weights_only=True)
     except Exception as e:
@@ -4143,12 +4213,7 @@ def checkpoint_model(cfg: Config, run: Run, val: ValidationSet, result: dict[str
         model.load_state_dict(banked(file, model.state_dict()))
     except ValueError as e:
         raise Stop(f"{asked} does not fit the settings: {e}", 2) from None
-    model.looped = bool(file.get("looped", cfg.num_loops > 0))
-    result.update(looped=model.looped)
-    run.log(f"EVAL_ONLY_BYPASS: model loaded, compiled, looping_active={model.looped}")
-    if cfg.hotstart_fp_ckpt:
-        save_json(run, "rotation_manifest.json", rotation_manifest(cfg))
-    score_float(cfg, run, model, val, result)
+    model.looped = file.get("looped", True)  # a public checkpoint does not say: it was trained with the loop
     return model
 
 
@@ -4173,44 +4238,6 @@ def banked(file: Any, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
         some = lambda names: ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
         raise ValueError("; ".join(f"{what} {some(names)}" for what, names in troubles.items() if names))
     return rebank(file) if flat else dict(file)
-
-
-def save_json(run: Run, name: str, value: Any) -> None:
-    run.save(name, lambda f: f.write(json.dumps(value, indent=1).encode()))
-
-
-def rotation_manifest(cfg: Config) -> dict[str, Any]:
-    """Which rotations (size, seed) stand along the diagonal of what turns the rows and the columns of each matrix."""
-    turns = {name: dict(rows=rows, columns=columns) for name, (rows, columns) in rotations(cfg).items()}
-    used = {what for pair in SPINS[cfg.spinquant_mode].values() for what in pair}
-    sizes = {what: sum(n for n, _ in blocks) for what in sorted(used) if (blocks := spin_blocks(what, 0, cfg))}
-    return dict(
-        mode=cfg.spinquant_mode, base_seed=cfg.spinquant_seed, sites=spin_sites(cfg)[0], sizes=sizes, rotations=turns
-    )
-
-
-def hotstart_summary(cfg: Config, result: Mapping[str, Any]) -> dict[str, Any]:
-    """The public driver's final.json, whose artifact_bytes counted the driver instead of the training program.
-
-    Turning changes no float weight, so the float score is the one after rotation, too.
-    """
-    stages = dict(
-        diagnostic_pre_quant_post_rotation=("float", "float_seconds"),
-        diagnostic_quantized=("quantized", "eval_seconds"),
-        quantized_ttt_phased=("ttt", "ttt_seconds"),
-    )
-    scores = {}
-    for name, (stage, clock) in stages.items():
-        if clock in result:
-            bpb = result.get(f"bpb_{stage}", result.get(f"bpb_{stage}_partial"))
-            milliseconds = round(1000 * result[clock])
-            scores[name] = dict(val_loss=result[f"loss_{stage}"], val_bpb=bpb, eval_time_ms=milliseconds)
-    return {
-        "spec": "hotstart", "mode": cfg.spinquant_mode, "spinquant_seed": cfg.spinquant_seed,
-        "hotstart_ckpt": cfg.hotstart_fp_ckpt,
-        "status": "ok" if result["total_bytes"] <= ARTIFACT_LIMIT else "too large", **scores,
-        "artifact_bytes": result["total_bytes"], "quant_file_bytes": result["artifact_bytes"],
-    }  # fmt: skip
 
 
 def calibrate_stage(cfg: Config, run: Run, model: GPT, result: dict[str, Any]) -> dict[str, Tensor]:
@@ -4250,7 +4277,7 @@ def pack_stage(cfg: Config, run: Run, coded: Mapping[str, Coded], result: dict[s
         if run.main:
             artifact = pack(coded, result["looped"], cfg)
             write_atomically(run.folder / ARTIFACT_NAME, lambda f: f.write(artifact))
-            sizes = build_submission(run.folder / "submission", artifact)
+            sizes = build_submission(run.folder / "submission", artifact, cfg)
         artifact, sizes = run.same((artifact, sizes))
     result.update(pack_seconds=clock["seconds"], artifact_bytes=sizes["artifact"], code_bytes=sizes["code"],
                   total_bytes=sizes["total"])  # fmt: skip
@@ -4279,15 +4306,13 @@ def model_from_artifact(cfg: Config, run: Run, blob: bytes) -> GPT:
             raise ArtifactError(f"its settings cannot work: {broken[0]}")
         if sum(state[k].numel() for k in state) < estimated_parameters(mine):
             raise ArtifactError("it holds fewer weights than its settings need")
+        if not 0 <= looped <= mine.num_loops:
+            raise ArtifactError(f"it asks for {looped} extra passes of {mine.num_loops}")
         if mine.vocab_size != cfg.vocab_size:
             raise ArtifactError(f"it has a vocabulary of {mine.vocab_size}: set VOCAB_SIZE and a tokenizer to match")
-        if mine.spinquant_mode != "baseline":
-            placed = {k: x.to(run.device) for k, x in state.items()}  # 0.1 TFLOP in float64
-            state = rebank(spin(unbank(placed), mine, back=True))
-            run.log(f"spinquant:undone_rotations:{len(rotations(mine))}_matrices mode:{mine.spinquant_mode} "
-                    f"seed:{mine.spinquant_seed} sites:{spin_sites(mine)[0]} model_dim:{mine.model_dim} "
-                    f"hidden_dim:{mine.hidden_dim}")  # fmt: skip
         model = new_model(mine, run)
+        for switch in model.switches:
+            state = switch.decode(state, run)
         model.load_state_dict(state)
     except (ArtifactError, RuntimeError, TypeError, ValueError) as e:
         raise Stop(f"cannot use this artifact: {e}", 2) from None
@@ -4295,9 +4320,8 @@ def model_from_artifact(cfg: Config, run: Run, blob: bytes) -> GPT:
     return model
 
 
-def score_stages(cfg: Config, run: Run, blob: bytes, val: ValidationSet, result: dict[str, Any], first: str) -> None:
-    """Plain evaluation and test-time training of the artifact."""
-    model = model_from_artifact(cfg, run, blob)
+def score_stages(run: Run, model: GPT, val: ValidationSet, result: dict[str, Any], first: str) -> None:
+    """Plain evaluation and test-time training of the artifact's model."""
     cfg = model.cfg
     result["looped"] = model.looped
     run.log(f"artifact: looped={model.looped} kernels: {model.kernels.why}")
@@ -4335,20 +4359,34 @@ def pipeline(cfg: Config, run: Run) -> dict[str, Any]:
     preflight(cfg, run, needs_training_data=at <= STAGES.index("calibrate"))
     val = load_validation(cfg)
     result: dict[str, Any] = {"seed": cfg.seed, "world": run.world}
+    made, model = at <= STAGES.index("pack"), None
+    if cfg.float_checkpoint:
+        model = checkpoint_model(cfg, run)
+    elif not made:
+        model = model_from_artifact(cfg, run, artifact_to_score(cfg, run))
+    open_folder(run)  # what is refused has been refused: nothing was written before
     describe_run(cfg, run, val)
-    made = at <= STAGES.index("pack")
-    blob = make_artifact(cfg, run, val, result, at) if made else artifact_to_score(cfg, run)
-    if run.device.type == "cuda":
-        torch.cuda.empty_cache()
-    score_stages(cfg, run, blob, val, result, first)
+    for switch in switches(cfg):
+        switch.begin(run)
+    if made:
+        blob = make_artifact(cfg, run, val, result, at, model)
+        if run.device.type == "cuda":
+            torch.cuda.empty_cache()
+        model = model_from_artifact(cfg, run, blob)
+    score_stages(run, model, val, result, first)
     result["peak_memory_mib"] = run.peak_memory_mib()
-    if cfg.hotstart_fp_ckpt:
-        save_json(run, "final.json", hotstart_summary(cfg, result))
+    for switch in switches(cfg):
+        switch.finish(run, result)
     return result
 
 
-def make_artifact(cfg: Config, run: Run, val: ValidationSet, result: dict[str, Any], at: int) -> bytes:
-    """The training half: weights, Hessians, codes, artifact, each from its stage or from the file that stage left."""
+def make_artifact(
+    cfg: Config, run: Run, val: ValidationSet, result: dict[str, Any], at: int, model: GPT | None
+) -> bytes:
+    """The training half: weights, Hessians, codes, artifact, each from its stage or from the file that stage left.
+
+    model: that of a float checkpoint.
+    """
     if at == STAGES.index("pack"):
         state = load_stage_file(cfg, run, "03_coded.pt", "FROM_STAGE=pack", CODED_FIELDS)
         result.update({k: state[k] for k in ("steps", "train_seconds", "looped") if state[k] is not None})
@@ -4356,8 +4394,11 @@ def make_artifact(cfg: Config, run: Run, val: ValidationSet, result: dict[str, A
             k: Coded(*(p.cpu() if isinstance(p, Tensor) else p for p in parts)) for k, parts in state["coded"].items()
         }
         return pack_stage(cfg, run, coded, result)
-    if cfg.float_checkpoint:
-        model = checkpoint_model(cfg, run, val, result)
+    if model:
+        run.log(f"EVAL_ONLY_BYPASS: loading {cfg.float_checkpoint}, skipping training")
+        run.log(f"EVAL_ONLY_BYPASS: model loaded, compiled, looping_active={model.looped > 0}")
+        result.update(looped=model.looped)
+        score_float(cfg, run, model, val, result)
     elif at == 0:
         model = train_stage(cfg, run, val, result)
     else:
@@ -4406,7 +4447,10 @@ def describe_run(cfg: Config, run: Run, val: ValidationSet) -> None:
 
 
 def report(cfg: Config, run: Run, result: dict[str, Any]) -> bool:
-    """The result block, the last lines of the log; says whether the run keeps all budgets."""
+    """The result block, the last lines of the log; says whether the run keeps all budgets.
+
+    Training that was asked to go by steps alone, MAX_WALLCLOCK_SECONDS=0, has no budget of seconds.
+    """
     run.metric("result", **result)
     if run.main:
         path = run.folder / "run.json"
@@ -4423,48 +4467,67 @@ def report(cfg: Config, run: Run, result: dict[str, Any]) -> bool:
     training = result.get("train_seconds", 0) + result.get("calibrate_seconds", 0)
     gates = [
         ("artifact bytes", result.get("total_bytes"), ARTIFACT_LIMIT),
-        ("train + calibration seconds", training, BUDGET_SECONDS),
+        ("train + calibration seconds", training, BUDGET_SECONDS if cfg.max_wallclock_seconds > 0 else math.inf),
         ("evaluation seconds", result.get("ttt_seconds", result.get("eval_seconds")), BUDGET_SECONDS),
     ]
     run.log("\n| budget | used | limit | |\n|---|---|---|---|")
     for label, used, limit in gates:
         if used:
-            run.log(f"| {label} | {round(used, 1)} | {limit} | {'pass' if used <= limit else 'FAIL'} |")
+            end = f"{limit} | {'pass' if used <= limit else 'FAIL'}" if limit < math.inf else "none set |"
+            run.log(f"| {label} | {round(used, 1)} | {end} |")
     run.log(f"\nseed {cfg.seed}, {result.get('steps', '-')} steps, {run.world} x {run.device.type}")
     run.log(f"peak memory {result['peak_memory_mib']} MiB, whole run {time.monotonic() - run.started:.0f}s")
     run.log(f"files in {run.folder}")
     return all(not used or used <= limit for _, used, limit in gates)
 
 
-def print_sizes(folder: str | None) -> None:
-    """Bytes of the submission by part: each section of this file alone, the program, a run's artifact by section."""
+def print_sizes(folder: str) -> None:
+    """Bytes of the submission by part; `folder` is the run whose artifact counts, or empty."""
+    blob = Path(folder, ARTIFACT_NAME).read_bytes() if folder else b""
+    header = read_header(blob)[0] if folder else {}
     source = Path(__file__).read_text()
-    whole = self_extracting(minify(source))
+    whole = self_extracting(minify(without_switches(source, Config())))
     print(f"{'source':<40}{len(source.encode()):>12}")
     print(f"{'minified':<40}{len(minify(source)):>12}")
     print(f"{'submission/train_gpt.py':<40}{len(whole):>12}")
+    print("of which, each compressed alone, so that they sum to more:")
     parts = re.split(r"^# -{20,}\n# (\d+\. .*?)(?::.*)?\n(?:# .*\n)*# -{20,}\n", source, flags=re.M)
     for title, body in zip(parts[1::2], parts[2::2], strict=True):
         print(f"  {title:<38}{len(_brotli(minify(body).encode())):>12}")
-    artifact = Path(folder) / ARTIFACT_NAME if folder else None
-    if artifact and artifact.is_file():
-        header, payload = read_header(artifact.read_bytes())
-        print(f"{artifact!s:<40}{artifact.stat().st_size:>12}")
-        lengths = iter(header["pieces"])
-        for name, size in _section_sizes(_tensor_layout(header)).items():
-            print(f"  {name:<38}{sum(itertools.islice(lengths, math.ceil(size / PIECE))):>12}")
-        print(f"{'headroom':<40}{ARTIFACT_LIMIT - len(whole) - artifact.stat().st_size:>12}")
+    if not folder:
+        print("without an artifact; name a run folder to add it: make size RUN=runs/demo")
+        return
+    print(f"{folder + '/' + ARTIFACT_NAME:<40}{len(blob):>12}")
+    print("of which, beside its header:")
+    lengths = iter(header["pieces"])
+    for name, size in _section_sizes(_tensor_layout(header)).items():
+        print(f"  {name:<38}{sum(itertools.islice(lengths, math.ceil(size / PIECE))):>12}")
+    print(f"{'headroom':<40}{ARTIFACT_LIMIT - len(whole) - len(blob):>12}")
+
+
+USAGE = "usage: train_gpt.py [--help | --size [RUN_FOLDER]]    settings are environment variables: see --help"
+
+
+def obey_arguments(args: Sequence[str]) -> int:
+    """What a command line with arguments asks for; returns the exit code."""
+    if args in (["--help"], ["-h"]):
+        print_help()
+    elif args[0] == "--size" and len(args) <= 2:
+        try:
+            print_sizes(args[1] if len(args) == 2 else "")
+        except (OSError, ArtifactError) as e:
+            print(f"cannot read an artifact in {args[1]}: {e}", file=sys.stderr)
+            return 2
+    else:
+        print(USAGE, file=sys.stderr)
+        return 2
+    return 0
 
 
 def main() -> int:
     """Exit code 0: scored within the budgets; 1: failed; 2: bad settings or input; 3: scored, but over a budget."""
-    if "--help" in sys.argv or "-h" in sys.argv:
-        print_help()
-        return 0
-    if "--size" in sys.argv:
-        rest = sys.argv[sys.argv.index("--size") + 1 :]
-        print_sizes(rest[0] if rest else None)
-        return 0
+    if sys.argv[1:]:
+        return obey_arguments(sys.argv[1:])
     first = os.environ.get("RANK", "0") == "0"
     try:
         cfg = load_config(os.environ)
@@ -4485,11 +4548,474 @@ def main() -> int:
         return stop.code
     except Interrupted as stop:
         name = signal.Signals(stop.args[0]).name
-        run.log(f"stopped by {name}: the finished stages are in {run.folder}, FROM_STAGE goes on from them")
+        run.log(f"stopped by {name}: FROM_STAGE goes on from the finished stages in {run.folder}, with the same knobs")
         return 128 + stop.args[0]
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# 14. SWITCHES: follow-up systems that act inside the model, all off; the record never comes here
+# --------------------------------------------------------------------------------------------------------------------
+class Switch:
+    """A follow-up system, turned on by its knob. Its methods are called where the pipeline says their names.
+
+    A subclass overrides those it needs; here they change nothing. Tensors and parameters of a switch are built after
+    all others and from random numbers of their own, so that runs with and without it differ by nothing else. A
+    submission carries only the switches that its run has on.
+    """
+
+    knob = ""
+
+    def __init__(self, cfg: Config):
+        self.cfg = cfg
+
+    def build(self, model: GPT) -> None:
+        """Adds parameters to the model; ROLES says how they train and where they are stored."""
+
+    def embed(self, model: GPT, x: Tensor, tokens: Tensor, tap: Tap | None) -> Tensor:
+        """x (B, T, D), the embedding of tokens (B, T), before its norm."""
+        return x
+
+    def attention(self, model: GPT, visit: Visit, ctx: Context) -> Context:
+        """What the attention of a visit works with."""
+        return ctx
+
+    def enter(self, model: GPT, visit: Visit, x: Tensor) -> Tensor:
+        """The stream (B, T, D) that a serial block gets."""
+        return x
+
+    def leave(self, model: GPT, visit: Visit, before: Tensor, x: Tensor) -> Tensor:
+        """The stream that a serial block gives, and the one before it, after the skip merge."""
+        return x
+
+    def schedule(self, fraction: float) -> None:
+        """Before each training step, and with 1 after the last."""
+
+    def line(self, model: GPT) -> str:
+        """For the training log, after the loss."""
+        return ""
+
+    def observe(self, model: GPT, val: ValidationSet, run: Run, step: int) -> None:
+        """At each validation during training, on rank 0."""
+
+    def code(
+        self, flat: Mapping[str, Tensor], hessians: Mapping[str, Tensor], run: Run
+    ) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
+        """Weights by public name and Hessians, as quantization gets them."""
+        return flat, hessians
+
+    def decode(self, state: dict[str, Tensor], run: Run) -> dict[str, Tensor]:
+        """The banked weights that the artifact gave."""
+        return state
+
+    def begin(self, run: Run) -> None:
+        """Before the first stage, with the run folder open."""
+
+    def finish(self, run: Run, result: Mapping[str, Any]) -> None:
+        """After the last."""
+
+
+SWITCH_KNOBS = (
+    "bigram_hash_enabled", "smear_gate_enabled", "recur_homotopy", "recur_alpha_enabled", "cross_pass_xsa_enabled",
+    "recur_diag_p2p_cos", "spinquant_enabled", "hotstart_fp_ckpt",
+)  # fmt: skip
+
+
+def switches(cfg: Config) -> list[Switch]:
+    """Those that are on, in the order of this section."""
+    return [kind(cfg) for kind in Switch.__subclasses__() if getattr(cfg, kind.knob)]
+
+
+def switch_rules(c: Config) -> list[tuple[bool, str]]:
+    """As `config_rules`, for the follow-up systems."""
+    try:
+        gains, alphas, stages = c.qk_gains, c.recur_alphas, c.loop_stages
+    except ValueError:
+        return [(True, "cannot read a list: give QK_GAIN_PER_LAYER as 2.3,2.9,..., RECUR_ALPHA_VALUES as 1 or as "
+                       "1,1.2;1,0.9 and LOOP_CURRICULUM as 0.35:1,0.6:2")]  # fmt: skip
+    here = {kind.knob for kind in Switch.__subclasses__()}
+    loops = [n for _, n in stages]
+    per_pass = c.recur_homotopy or c.recur_alpha_enabled or c.cross_pass_xsa_enabled or c.recur_diag_p2p_cos
+    shape = f"RECUR_ALPHA_VALUES needs {c.num_loops} rows of {c.looped_layers} numbers, or one number for all"
+    return [
+        *((bool(getattr(c, knob)) and knob not in here, f"this submission was built without {knob.upper()}")
+          for knob in SWITCH_KNOBS),
+        (len(gains) not in (0, c.num_layers), f"QK_GAIN_PER_LAYER needs {c.num_layers} numbers, has {len(gains)}"),
+        (bool(per_pass) and c.num_loops == 0, "RECUR_ and CROSS_PASS_ switches need NUM_LOOPS above 0"),
+        (c.recur_alpha_enabled and [len(row) for row in alphas] != [c.looped_layers] * c.num_loops, shape),
+        (stages != sorted(stages) or loops != sorted(loops) or loops[-1] != c.num_loops or loops[0] < min(loops[-1], 0),
+         f"LOOP_CURRICULUM must rise, in fractions and in passes, and end at NUM_LOOPS={c.num_loops}"),
+        (bool(c.loop_curriculum) and c.recur_homotopy, "choose one of LOOP_CURRICULUM and RECUR_HOMOTOPY"),
+        (c.recur_homotopy and not 0 < c.recur_homotopy_tau <= (1 - c.recur_homotopy_tmid) / 5,
+         "RECUR_HOMOTOPY_TAU must be above 0 and let the loop be whole, at TMID + 5 TAU, before training ends"),
+        (c.bigram_hash_enabled and min(c.bigram_hash_buckets, c.bigram_hash_dim) <= 0,
+         "BIGRAM_HASH_BUCKETS and BIGRAM_HASH_DIM must be above 0"),
+        (c.spinquant_enabled != (c.spinquant_mode != "baseline"),
+         f"SPINQUANT_ENABLED={c.spinquant_enabled:d} contradicts SPINQUANT_MODE={c.spinquant_mode}: set one of them"),
+        (not 0 <= c.spinquant_seed < 2**31, "SPINQUANT_SEED must lie in 0..2147483647"),
+        (c.spinquant_enabled and max(c.model_dim, c.hidden_dim) > 8192,
+         "SPINQUANT_MODE rotates at most 8192 channels: set it to baseline"),
+    ]  # fmt: skip
+
+
+def blend(before: Tensor, after: Tensor, weight: Tensor | float) -> Tensor:
+    """before + weight (after - before), in float32 and rounded once."""
+    return torch.lerp(before.float(), after.float(), weight).to(after.dtype)
+
+
+# PR #1648: fixed scalars of the record's eleven layers, found by training them; no score is public.
+XIELU = tuple(map(Xielu._make, zip(
+    (0.103, 0.196, 1.415, 1.196, 1.485, 1.546, 1.337, 1.727, 1.495, 0.988, 0.917),
+    (0.126, 0.07, 0.0, 0.0, 0.0, 0.002, 0.017, 0.067, 0.005, 0.058, 0.568),
+    (0.39, 0.578, 0.363, 0.491, 0.536, 0.548, 0.579, 0.983, 1.058, 0.935, 0.845),
+    (0.785, 0.638, 0.405, 0.377, 0.314, 0.289, 0.313, 0.571, 0.42, 0.286, 0.52), strict=True,
+)))  # fmt: skip
+
+
+def xielu_of(layer: int, n_layers: int) -> Xielu:
+    """The scalars of that depth: those of PR #1648 are for eleven layers."""
+    return XIELU[round(layer * (len(XIELU) - 1) / max(n_layers - 1, 1))]
+
+
+class BigramHash(Switch):
+    """A table of hashed token pairs, projected and added to the embedding (PR #1716); nothing at first.
+
+    Of #1716 itself nothing can be said: no optimizer group held its table, which stayed zero. A port that trained it
+    lost 0.0025 bpb at the end of training. A document's first token is paired with itself.
+    """
+
+    knob = "bigram_hash_enabled"
+
+    def build(self, model: GPT) -> None:
+        c = self.cfg
+        embed, proj = (
+            nn.Embedding(c.bigram_hash_buckets, c.bigram_hash_dim),
+            torch.zeros(1, c.model_dim, c.bigram_hash_dim),
+        )
+        model.bigram = nn.ModuleDict(dict(embed=embed, proj=nn.ParameterDict(dict(weight=proj))))
+
+    def embed(self, model: GPT, x: Tensor, tokens: Tensor, tap: Tap | None) -> Tensor:
+        c = self.cfg
+        last = torch.where(tokens == BOS, tokens, torch.cat((tokens[:, :1], tokens[:, :-1]), dim=1))
+        row = (c.bigram_hash_prime_a * tokens ^ c.bigram_hash_prime_b * last) % c.bigram_hash_buckets
+        pair = F.embedding(row, model.bigram["embed"].weight)
+        if tap is not None:
+            tap("bigram", pair)
+        return x + F.linear(pair.to(x.dtype), model.bigram["proj"]["weight"][0].to(x.dtype))
+
+
+class SmearGate(Switch):
+    """Mixes a gated part of the previous token's embedding into each, never across documents (PR #1667, #1851)."""
+
+    knob = "smear_gate_enabled"
+
+    def build(self, model: GPT) -> None:
+        model.smear_gate = nn.Linear(self.cfg.gate_window, 1, bias=False)
+        nn.init.zeros_(model.smear_gate.weight)
+        model.smear_lambda = nn.Parameter(torch.zeros(1))
+
+    def embed(self, model: GPT, x: Tensor, tokens: Tensor, tap: Tap | None) -> Tensor:
+        w, strength = model.smear_gate.weight.to(x.dtype), model.smear_lambda.to(x.dtype)
+        gate = strength * F.linear(x[:, 1:, : self.cfg.gate_window], w).sigmoid()
+        gate = gate * (tokens[:, 1:, None] != BOS)  # a document's first token has no predecessor
+        return torch.cat((x[:, :1], x[:, 1:] + gate * x[:, :-1]), dim=1)
+
+
+class RecurHomotopy(Switch):
+    """Repeated visits come in along a sigmoid of the training fraction (PR #1663), which has no control run."""
+
+    knob = "recur_homotopy"
+    weight = 1.0
+
+    def schedule(self, fraction: float) -> None:
+        z = (fraction - self.cfg.recur_homotopy_tmid) / self.cfg.recur_homotopy_tau
+        self.weight = 1.0 if z >= 5 else 1 / (1 + math.exp(-max(z, -5.0)))
+
+    def leave(self, model: GPT, visit: Visit, before: Tensor, x: Tensor) -> Tensor:
+        return blend(before, x, self.weight) if visit.again and self.weight < 1 else x
+
+
+class RecurAlpha(Switch):
+    """A repeated visit moves the stream by alpha times what its layer would (PR #1714); 1 is the record, 0 skips it.
+
+    alpha is float32 wherever it is used: in every public run it was rounded to bfloat16. None of those, 1.06622 to
+    1.06900 bpb after test-time training, is better than ten runs without (1.06499, standard deviation 0.00074).
+    """
+
+    knob = "recur_alpha_enabled"
+    norm: Tensor | float = 0.0
+
+    def build(self, model: GPT) -> None:
+        values = torch.tensor(self.cfg.recur_alphas)
+        if self.cfg.recur_alpha_form == "learned":
+            model.recur_alpha = nn.Parameter(values)
+            model.recur_alpha.register_post_accumulate_grad_hook(self.keep_norm)
+        elif self.cfg.recur_alpha_form == "frozen":
+            model.register_buffer("recur_alpha", values)
+
+    def keep_norm(self, alpha: Tensor) -> None:
+        self.norm = alpha.grad.norm()
+
+    def leave(self, model: GPT, visit: Visit, before: Tensor, x: Tensor) -> Tensor:
+        if not visit.again:
+            return x
+        table = self.cfg.recur_alphas if self.cfg.recur_alpha_form == "literal" else model.recur_alpha
+        return blend(before, x, table[visit.again - 1][visit.layer - self.cfg.loop_start])
+
+    def line(self, model: GPT) -> str:
+        if self.cfg.recur_alpha_form != "learned":
+            return ""
+        return f"recur_alpha: values={model.recur_alpha.tolist()} grad_norm={float(self.norm):.6f}"
+
+
+class CrossPassXsa(Switch):
+    """In a repeated visit each head drops beta times its component along what it wrote in the pass before.
+
+    An idea of the follow-up study that it never ran; beta starts at zero.
+    """
+
+    knob = "cross_pass_xsa_enabled"
+
+    def build(self, model: GPT) -> None:
+        model.recur_xsa_beta = nn.Parameter(torch.zeros(self.cfg.num_loops, self.cfg.looped_layers, self.cfg.num_heads))
+        self.kept: dict[int, Tensor] = {}
+
+    def attention(self, model: GPT, visit: Visit, ctx: Context) -> Context:
+        at = visit.layer - self.cfg.loop_start
+        if not model.looped or not 0 <= at < self.cfg.looped_layers:
+            return ctx
+
+        def echo(y: Tensor) -> Tensor:
+            if visit.again:
+                unit = F.normalize(self.kept.pop(visit.layer), dim=-1)
+                beta = model.recur_xsa_beta[visit.again - 1, at].to(y.dtype).unsqueeze(-1)
+                y = y - beta * (y * unit).sum(-1, keepdim=True) * unit
+            if visit.again < model.looped:
+                self.kept[visit.layer] = y
+            return y
+
+        return ctx._replace(echo=echo)
+
+
+class PassSimilarity(Switch):
+    """Compares what a looped layer does in a pass with what it did in the one before, on validation rows.
+
+    Cosines are means over tokens: of the steps delta = block(x) - x, of the outputs, and of each head's output. It
+    runs without gradients beside the training, which it cannot change. No public run has ever had it on.
+    """
+
+    knob = "recur_diag_p2p_cos"
+    active = False
+
+    def attention(self, model: GPT, visit: Visit, ctx: Context) -> Context:
+        if not self.active:
+            return ctx
+        before = ctx.echo or (lambda y: y)
+
+        def echo(y: Tensor) -> Tensor:
+            y = before(y)
+            self.compare(visit, heads=y.float())
+            return y
+
+        return ctx._replace(echo=echo)
+
+    def leave(self, model: GPT, visit: Visit, before: Tensor, x: Tensor) -> Tensor:
+        if self.active:
+            self.compare(visit, delta=x.float() - before.float(), output=x.float())
+        return x
+
+    def compare(self, visit: Visit, **now: Tensor) -> None:
+        for name, y in now.items():
+            past = self.past.get((visit.layer, name))
+            self.past[visit.layer, name] = y
+            if past is not None:
+                key = visit.again, visit.layer
+                cosine = F.cosine_similarity(y, past, dim=-1)
+                mean = cosine.flatten(0, -2).mean(0) if name == "heads" else cosine.mean()
+                self.sums.setdefault((f"cos_{name}", *key), []).append(mean)
+                if name == "delta":
+                    self.sums.setdefault(("norm_ratio", *key), []).append(y.norm() / past.norm().clamp_min(1e-30))
+
+    @torch.no_grad()
+    def observe(self, model: GPT, val: ValidationSet, run: Run, step: int) -> None:
+        self.sums: dict[tuple, list[Tensor]] = {}
+        self.active, n = True, self.cfg.eval_seq_len
+        for r in range(min(self.cfg.recur_diag_p2p_cos, (val.n_targets - 1) // n + 1)):
+            self.past: dict[tuple, Tensor] = {}
+            inputs, _, docs = sent_row(*host_row(val.tokens[r * n : (r + 1) * n + 1], n), run.device)
+            model(inputs, docs=docs)
+        self.active, self.past = False, {}
+        rows = [dict(what=what, again=again, layer=layer, value=torch.stack(values).mean(0).tolist())
+                for (what, again, layer), values in self.sums.items()]  # fmt: skip
+        if rows:
+            run.metric("p2p_cos", step=step, rows=rows)
+            text = " ".join(f"{r['again']}.L{r['layer']}:{r['value']:.4f}" for r in rows if r["what"] == "cos_delta")
+            run.log(f"p2p_cos: {text}")
+
+
+Blocks = tuple[tuple[int, int], ...]  # (size, seed) of the rotations along the diagonal of a larger one; (): none
+
+
+class SpinQuant(Switch):
+    """GPTQ in other coordinates (Liu et al. 2024, arXiv 2405.16406).
+
+    A matrix is coded as P^T W Q with the Hessian Q^T H Q of its inputs x Q, and decoded as P (...) Q^T. Turning x at
+    run time instead, as PR #1695 does, is the same function: (x Q)(W Q)^T = x W^T, whatever rounding makes of W Q. So
+    the model, its kernels, adapters and base learning stay as they are (SGD with momentum and a norm clip takes the
+    same step in any orthonormal coordinates), every part is exact before rounding, and the artifact pays for a mode and
+    a seed. attn_scale and mlp_scale are not folded into the rows of the outputs: the adapters' bypasses share them.
+
+    Public evidence: none of it helps. Five variants lie within 9e-5 bpb after TTT, though with Hessians of the unlooped
+    network, and port_1695 costs 16 kB. None turned the embedding, as `full` does: 1.3e-3 bpb better on the demo.
+    """
+
+    knob = "spinquant_enabled"
+    modes: dict[str, dict[str, tuple[str, str]]] = {  # matrix -> (what turns its rows, what turns its columns)
+        "internal_only": {"attn.c_v": ("values", ""), "attn.proj": ("", "queries")},
+        "port_1695": {
+            "attn.c_q": ("", "attn_in"), "attn.c_k": ("", "attn_in"), "attn.c_v": ("", "attn_in"),
+            "attn.proj": ("", "attn_proj_in"), "mlp.fc": ("", "mlp_in"), "mlp.proj": ("", "mlp_proj_in"),
+        },
+        "full": {
+            "attn.c_q": ("", "stream"), "attn.c_k": ("", "stream"), "attn.c_v": ("values", "stream"),
+            "attn.proj": ("stream", "queries"), "mlp.fc": ("", "stream"), "mlp.proj": ("stream", "mlp_proj_in"),
+            "tok_emb": ("", "stream"),
+        },
+    }  # fmt: skip
+    sites = ("attn_in", "attn_proj_in", "mlp_in", "mlp_proj_in")
+
+    def __init__(self, cfg: Config):
+        super().__init__(cfg)
+        asked = {s.strip() for s in cfg.spinquant_sites.split(",")} - {"", "none"}
+        self.table = self.modes.get(cfg.spinquant_mode, {})
+        self.known, self.unknown = [s for s in self.sites if s in asked], sorted(asked - set(self.sites))
+
+    def blocks(self, what: str, layer: int) -> Blocks:
+        """One rotation for all layers, but one per layer and key/value group for what the heads mix."""
+        cfg = self.cfg
+        if what in ("values", "queries"):
+            times = cfg.num_heads // cfg.num_kv_heads if what == "queries" else 1
+            seeds = [cfg.spinquant_seed + 1000 * layer + group for group in range(cfg.num_kv_heads)]
+            return tuple((cfg.head_dim, seed) for seed in seeds for _ in range(times))
+        if not what or (what in self.sites and what not in self.known):
+            return ()
+        digest = hashlib.sha256(f"{cfg.spinquant_seed}:{what}".encode()).digest()
+        return ((cfg.hidden_dim if what == "mlp_proj_in" else cfg.model_dim, int.from_bytes(digest[:4], "big")),)
+
+    def rotations(self) -> dict[str, tuple[Blocks, Blocks]]:
+        """Of every matrix that the mode turns, by its public name: the rotations of its rows and of its columns.
+
+        Matrices of one input have the same rotation of columns, so they still share a Hessian and a GPTQ stack.
+        """
+        turns = {}
+        for (matrix, (rows, columns)), i in itertools.product(self.table.items(), range(self.cfg.num_layers)):
+            pair = self.blocks(rows, i), self.blocks(columns, i)
+            if any(pair):
+                turns[f"blocks.{i}.{matrix}.weight" if matrix in MATRICES else f"{matrix}.weight"] = pair
+        return turns
+
+    @staticmethod
+    @functools.cache
+    def orthogonal(size, seed):
+        """Q of the QR factors of random signs times a Hadamard matrix, cut to (size, size); float64.
+
+        The signs come from NumPy's legacy generator, whose stream is frozen: the decoder has to find the same ones.
+        """
+        h = torch.ones(1, 1, dtype=torch.float64)
+        while len(h) < size:
+            h = torch.cat((torch.cat((h, h), 1), torch.cat((h, -h), 1)))
+        signs = torch.from_numpy(np.random.RandomState(seed).choice((-1.0, 1.0), (size, 1)))
+        return torch.linalg.qr(signs * h[:size, :size] / size**0.5).Q
+
+    def turned(self, x: Tensor, rows: Blocks, columns: Blocks, back: bool = False) -> Tensor:
+        """P^T x Q in float32, back: P x Q^T; x (rows, columns).
+
+        In between float64, 0.1 TFLOP in all: TF32 would cost more than rounding.
+        """
+        x = x.double()
+        p, q = (torch.block_diag(*(self.orthogonal(*b) for b in blocks)).to(x.device) for blocks in (rows, columns))
+        if rows:
+            x = (p if back else p.mT) @ x
+        if columns:
+            x = x @ (q.mT if back else q)
+        return x.float()
+
+    def spin(self, flat: Mapping[str, Tensor], back: bool = False) -> dict[str, Tensor]:
+        """The matrices in the coordinates in which they are coded; back: out of them."""
+        turns = self.rotations()
+        return {name: self.turned(x, *turns[name], back) if name in turns else x for name, x in flat.items()}
+
+    def code(
+        self, flat: Mapping[str, Tensor], hessians: Mapping[str, Tensor], run: Run
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        turns = self.rotations()
+        keys = {name: hessian_key(name) for name, (_, columns) in turns.items() if columns}
+        named = [columns for _, columns in self.table.values() if columns in self.sites]
+        skipped = sum(s not in self.known for s in named) * self.cfg.num_layers
+        active, missing = [s for s in self.known if s in named], sum(key not in hessians for key in keys.values())
+        if self.unknown:
+            run.log(f"spinquant:unknown_sites_ignored:{self.unknown}")
+        run.log(
+            f"spinquant:rotated_weights:{len(turns)} hessians:{len(keys) - missing} missing_hessians:{missing} "
+            f"skipped_by_sites:{skipped} active_sites:{active}"
+        )
+        columns = {key: turns[name][1] for name, key in keys.items()}
+        return self.spin(flat), {
+            key: self.turned(h, columns[key], columns[key]) if key in columns else h for key, h in hessians.items()
+        }
+
+    def decode(self, state: dict[str, Tensor], run: Run) -> dict[str, Tensor]:
+        cfg = self.cfg
+        run.log(
+            f"spinquant:undone_rotations:{len(self.rotations())}_matrices mode:{cfg.spinquant_mode} "
+            f"seed:{cfg.spinquant_seed} sites:{self.known} model_dim:{cfg.model_dim} hidden_dim:{cfg.hidden_dim}"
+        )
+        return rebank(self.spin(unbank({k: x.to(run.device) for k, x in state.items()}), back=True))
+
+
+class Hotstart(Switch):
+    """The files that the public driver of the rotations writes; its work is that of every float checkpoint.
+
+    Its artifact_bytes counted the driver instead of the training program, and it left the loop off.
+    """
+
+    knob = "hotstart_fp_ckpt"
+
+    def begin(self, run: Run) -> None:
+        """Writes which rotations (size, seed) stand along the diagonal of what turns each matrix."""
+        cfg, sizes, turns = self.cfg, {}, {}
+        for s in switches(cfg):
+            if s.knob == "spinquant_enabled":
+                turns = {name: dict(rows=rows, columns=columns) for name, (rows, columns) in s.rotations().items()}
+                used = {what for pair in s.table.values() for what in pair}
+                sizes = {what: sum(n for n, _ in b) for what in sorted(used) if (b := s.blocks(what, 0))}
+        manifest = dict(mode=cfg.spinquant_mode, base_seed=cfg.spinquant_seed, sites=cfg.spinquant_sites.split(","),
+                        sizes=sizes, rotations=turns)  # fmt: skip
+        self.write(run, "rotation_manifest.json", manifest)
+
+    def finish(self, run: Run, result: Mapping[str, Any]) -> None:
+        """Turning changes no float weight, so the float score is the one after rotation, too."""
+        stages = dict(
+            diagnostic_pre_quant_post_rotation=("float", "float_seconds"),
+            diagnostic_quantized=("quantized", "eval_seconds"),
+            quantized_ttt_phased=("ttt", "ttt_seconds"),
+        )
+        final = {"spec": "hotstart", "mode": self.cfg.spinquant_mode, "spinquant_seed": self.cfg.spinquant_seed,
+                 "hotstart_ckpt": self.cfg.hotstart_fp_ckpt,
+                 "status": "ok" if result["total_bytes"] <= ARTIFACT_LIMIT else "too large"}  # fmt: skip
+        for name, (stage, clock) in stages.items():
+            if clock in result:
+                bpb = result.get(f"bpb_{stage}", result.get(f"bpb_{stage}_partial"))
+                milliseconds = round(1000 * result[clock])
+                final[name] = dict(val_loss=result[f"loss_{stage}"], val_bpb=bpb, eval_time_ms=milliseconds)
+        final |= {"artifact_bytes": result["total_bytes"], "quant_file_bytes": result["artifact_bytes"]}
+        self.write(run, "final.json", final)
+
+    @staticmethod
+    def write(run, name, value):
+        run.save(name, lambda f: f.write(json.dumps(value, indent=1).encode()))
 
 
 if __name__ == "__main__":

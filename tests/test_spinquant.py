@@ -20,27 +20,25 @@ from torch import Tensor
 import train_gpt
 from train_gpt import (
     GPT,
-    SPINS,
     Config,
+    SpinQuant,
     Stop,
     banked,
     calibrate,
     hessian_key,
+    load_config,
     model_from_artifact,
-    orthogonal,
     pack,
     quantize,
     read_header,
     rebank,
-    rotations,
-    spin,
-    spin_hessians,
-    turned,
     unbank,
     unpack,
 )
 
-MODES = [mode for mode in SPINS if mode != "baseline"]
+MODES = list(SpinQuant.modes)
+orthogonal = SpinQuant.orthogonal
+TURN = SpinQuant(load_config({"SPINQUANT_MODE": "full"})).turned
 VARIANTS = {
     **{mode: dict(spinquant_mode=mode) for mode in MODES},
     "enabled": dict(spinquant_enabled=True),
@@ -91,11 +89,11 @@ def test_rotations_are_those_of_the_table() -> None:
     """Seeds, sizes and sharing as published: one per site, or one per layer and group of heads."""
     cfg, seed = tiny_config(spinquant_mode="port_1695", spinquant_seed=5), lambda tag: int.from_bytes(
         hashlib.sha256(f"5:{tag}".encode()).digest()[:4], "big")  # fmt: skip
-    turns = rotations(cfg)
+    turns = SpinQuant(cfg).rotations()
     assert len(turns) == 36
     assert turns["blocks.3.attn.c_k.weight"] == ((), ((32, seed("attn_in")),))
     assert turns["blocks.0.mlp.proj.weight"] == ((), ((64, seed("mlp_proj_in")),))
-    heads = rotations(tiny_config(spinquant_mode="internal_only", spinquant_seed=5))
+    heads = SpinQuant(tiny_config(spinquant_mode="internal_only", spinquant_seed=5)).rotations()
     assert len(heads) == 12
     assert heads["blocks.3.attn.c_v.weight"] == (((8, 3005), (8, 3006)), ())
     assert heads["blocks.3.attn.proj.weight"] == ((), ((8, 3005), (8, 3005), (8, 3006), (8, 3006)))
@@ -107,7 +105,7 @@ def test_matrices_of_one_input_turn_together(mode: str) -> None:
     cfg = tiny_config(spinquant_mode=mode)
     for name in unbank(tiny_model().state_dict()):
         if name == "tok_emb.weight" or any(f".{m}.weight" in name for m in train_gpt.MATRICES):
-            turns.setdefault(hessian_key(name), set()).add(rotations(cfg).get(name, ((), ()))[1])
+            turns.setdefault(hessian_key(name), set()).add(SpinQuant(cfg).rotations().get(name, ((), ()))[1])
     assert all(len(columns) == 1 for columns in turns.values())
 
 
@@ -117,7 +115,7 @@ def test_what_the_heads_mix_may_be_turned_in_the_model(kind: str) -> None:
     """Softmax, the own value's projection and gates per head commute with it: nothing has to be undone."""
     model = model_of(kind, spinquant_mode="internal_only")
     flat = unbank(model.state_dict())
-    state = rebank(spin(flat, model.cfg))
+    state = rebank(SpinQuant(model.cfg).spin(flat))
     assert relative_error(state["kv_bank"], model.kv_bank) > 0.5
     assert relative_error(logits(model, state), model(TOKENS)) < 1e-5
 
@@ -127,9 +125,9 @@ def test_what_the_heads_mix_may_be_turned_in_the_model(kind: str) -> None:
 def test_decoding_without_rounding_gives_the_model_back(variant: str, kind: str) -> None:
     model = model_of(kind, **VARIANTS[variant])
     flat = unbank(model.state_dict())
-    there = spin(flat, model.cfg)
-    back = spin(there, model.cfg, back=True)
-    turns = rotations(model.cfg)
+    there = SpinQuant(model.cfg).spin(flat)
+    back = SpinQuant(model.cfg).spin(there, back=True)
+    turns = SpinQuant(model.cfg).rotations()
     assert turns and {k for k in flat if relative_error(there[k], flat[k]) > 0.3} == set(turns)
     assert max(relative_error(back[k], flat[k]) for k in turns) < 1e-6
     assert all(back[k] is flat[k] for k in flat if k not in turns)
@@ -142,11 +140,11 @@ def test_errors_weigh_the_same_in_both_coordinates(variant: str, kind: str) -> N
     """tr(E H E^T), what GPTQ minimizes, for a random error E of every turned matrix."""
     model = model_of(kind, **VARIANTS[variant])
     sums = calibrate(model, [TOKENS], LoneRun())
-    there = spin_hessians(sums, model.cfg, LoneRun())
+    there = SpinQuant(model.cfg).code({}, sums, LoneRun())[1]
     flat = unbank(model.state_dict())
-    for name, turn in rotations(model.cfg).items():
+    for name, turn in SpinQuant(model.cfg).rotations().items():
         error, key = torch.randn_like(flat[name]), hessian_key(name)
-        other = turned(error, *turn).double()
+        other = TURN(error, *turn).double()
         cost = (error.double() @ sums[key].double() * error).sum()
         assert relative_error((other @ there[key].double() * other).sum(), cost) < 1e-5, name
 
@@ -154,9 +152,9 @@ def test_errors_weigh_the_same_in_both_coordinates(variant: str, kind: str) -> N
 def test_turning_at_run_time_is_the_same_function() -> None:
     """What PR #1695 computes, with the codes that GPTQ makes of the turned matrix."""
     w, x, columns = torch.randn(24, 40), torch.randn(100, 40), ((40, 3),)
-    codes, scale = train_gpt.gptq(turned(w, (), columns), turned(x.mT @ x, columns, columns), 4, 4.0)
+    codes, scale = train_gpt.gptq(TURN(w, (), columns), TURN(x.mT @ x, columns, columns), 4, 4.0)
     decoded, q = codes * scale[:, None].float(), orthogonal(40, 3).float()
-    assert relative_error(F.linear(x, turned(decoded, (), columns, back=True)), F.linear(x @ q, decoded)) < 1e-6
+    assert relative_error(F.linear(x, TURN(decoded, (), columns, back=True)), F.linear(x @ q, decoded)) < 1e-6
 
 
 def test_base_learning_takes_the_same_steps_in_both_coordinates() -> None:
@@ -164,7 +162,7 @@ def test_base_learning_takes_the_same_steps_in_both_coordinates() -> None:
     w, x, y, rows, columns = torch.randn(6, 10), torch.randn(50, 10), torch.randn(50, 6), ((6, 1),), ((10, 2),)
     p, q = orthogonal(6, 1).float(), orthogonal(10, 2).float()
     ends = []
-    for weight, decode in ((w, lambda v: v), (turned(w, rows, columns), lambda v: p @ v @ q.mT)):
+    for weight, decode in ((w, lambda v: v), (TURN(w, rows, columns), lambda v: p @ v @ q.mT)):
         v = weight.clone().requires_grad_()
         optimizer = torch.optim.SGD([v], 0.1, momentum=0.9)
         for _ in range(10):
@@ -181,8 +179,7 @@ def test_base_learning_takes_the_same_steps_in_both_coordinates() -> None:
 def test_off_is_as_if_it_were_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     blob = artifact_of(model_of("synthetic"))
     assert not any(k.startswith("spin") for k in read_header(blob)[0]["config"])
-    for name in ("spin", "spin_hessians", "rotations"):
-        monkeypatch.delattr(train_gpt, name)
+    monkeypatch.setattr(SpinQuant, "__init__", None)
     other_seed = model_of("synthetic", spinquant_seed=7, spinquant_sites="none")
     assert artifact_of(other_seed) == blob
     model_from_artifact(tiny_config(), LoneRun(), blob)
@@ -205,26 +202,28 @@ def test_the_artifact_rebuilds_the_model(variant: str, capsys: pytest.CaptureFix
     model = model_of("trained", **bits, **VARIANTS[variant])
     blob = artifact_of(model)
     state, looped, settings = unpack(blob)
-    want = {"spinquant_mode": "port_1695"} if variant == "enabled" else VARIANTS[variant]
+    want = {"spinquant_enabled": True, "spinquant_mode": "port_1695", **VARIANTS[variant]}
     assert {k: v for k, v in settings.items() if k.startswith("spin")} == {
         k: v for k, v in want.items() if k.startswith("spin")}  # fmt: skip
-    restored = model_from_artifact(Config(vocab_size=128, spinquant_mode="internal_only"), LoneRun(), blob)
-    want = rebank(spin(unbank(state), model.cfg, back=True))
+    restored = model_from_artifact(
+        Config(vocab_size=128, spinquant_enabled=True, spinquant_mode="internal_only"), LoneRun(), blob
+    )
+    want = rebank(SpinQuant(model.cfg).spin(unbank(state), back=True))
     assert all(torch.equal(restored.state_dict()[k], want[k]) for k in want)
     assert relative_error(restored(TOKENS), model(TOKENS)) < 0.1
     assert relative_error(logits(model, state), model(TOKENS)) > 0.3 or variant == "internal_only"
-    n, sites = len(rotations(model.cfg)), train_gpt.spin_sites(model.cfg)[0]
+    n, sites = len(SpinQuant(model.cfg).rotations()), SpinQuant(model.cfg).known
     assert f"spinquant:undone_rotations:{n}_matrices mode:{model.cfg.spinquant_mode} seed:42 sites:{sites}" in (
         capsys.readouterr().out)  # fmt: skip
 
 
-def test_the_log_counts_what_is_turned(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_log_counts_what_is_TURN(capsys: pytest.CaptureFixture[str]) -> None:
     sums = {f"blocks.{i}.{site}": torch.eye(512) for i in range(11) for site in ("attn_in", "attn_out", "mlp_in")}
     sums |= {f"blocks.{i}.mlp_out": torch.eye(64) for i in range(11)}
-    cfg = Config(spinquant_mode="port_1695", mlp_mult=0.125)
-    spin_hessians(sums, cfg, LoneRun())
+    cfg = load_config({"SPINQUANT_ENABLED": "1", "MLP_MULT": "0.125"})
+    SpinQuant(cfg).code({}, sums, LoneRun())
     sums.pop("blocks.4.attn_in")
-    spin_hessians(sums, train_gpt.replace(cfg, spinquant_sites="attn_in,attn_proj_in"), LoneRun())
+    SpinQuant(train_gpt.replace(cfg, spinquant_sites="attn_in,attn_proj_in")).code({}, sums, LoneRun())
     line = "spinquant:rotated_weights:{} hessians:{} missing_hessians:{} skipped_by_sites:{} active_sites:{}"
     assert capsys.readouterr().out.splitlines() == [
         line.format(66, 66, 0, 0, ["attn_in", "attn_proj_in", "mlp_in", "mlp_proj_in"]),
@@ -238,8 +237,8 @@ def test_the_log_counts_what_is_turned(capsys: pytest.CaptureFixture[str]) -> No
         {"spinquant_mode": "left"}, {"spinquant_mode": ["full"]}, {"spinquant_mode": 1}, {"spinquant_mode": None},
         {"spinquant_seed": -1}, {"spinquant_seed": 1 << 40}, {"spinquant_seed": 1.5}, {"spinquant_seed": "42"},
         {"spinquant_seed": True}, {"spinquant_sites": 3}, {"spinquant_sites": ["mlp_in"]}, {"spinquant_sites": None},
-        {"spinquant_enabled": 1}, {"spinquant_enabled": True}, {"spinquant": "full"}, {"mlp_mult": 300.0},
-        {"mlp_mult": 3.0}, {"num_layers": 7}, {"spin": "full"}, {"hidden_dim": 64},
+        {"spinquant_enabled": 1}, {"spinquant_enabled": False}, {"spinquant_mode": "baseline"}, {"spinquant": "full"},
+        {"mlp_mult": 300.0}, {"mlp_mult": 3.0}, {"num_layers": 7}, {"spin": "full"}, {"hidden_dim": 64},
     ],
     ids=str,
 )  # fmt: skip
@@ -274,9 +273,9 @@ def test_codes_are_not_packed_under_another_rotation(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("env", "word"),
     [
-        ({"SPINQUANT_MODE": "port_1965"}, "choose one of baseline, internal_only, port_1695, full"),
-        ({"SPINQUANT_ENABLED": "1", "SPINQUANT_MODE": "full"}, "public name of SPINQUANT_MODE=port_1695"),
-        ({"SPINQUANT_ENABLED": "1", "SPINQUANT_MODE": "baseline"}, "public name of SPINQUANT_MODE=port_1695"),
+        ({"SPINQUANT_MODE": "port_1965"}, "choose one of baseline, internal_only, full, port_1695"),
+        ({"SPINQUANT_ENABLED": "0", "SPINQUANT_MODE": "full"}, "contradicts SPINQUANT_MODE=full"),
+        ({"SPINQUANT_ENABLED": "1", "SPINQUANT_MODE": "baseline"}, "contradicts SPINQUANT_MODE=baseline"),
         ({"SPINQUANT_SEED": "-1"}, "SPINQUANT_SEED must lie in"),
         ({"SPINQUANT_MODE": "full", "MLP_MULT": "17"}, "at most 8192 channels"),
         ({"HOTSTART_FP_CKPT": "a", "EVAL_ONLY_CHECKPOINT": "a"}, "choose one of EVAL_ONLY_CHECKPOINT, HOTSTART"),
