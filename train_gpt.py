@@ -60,6 +60,7 @@ import subprocess
 import sys
 import time
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -160,26 +161,6 @@ class Config:
     parallel_final_lane: str = "mean"    # what leaves the lanes: mean, attn or mlp
     gated_attn_enabled: bool = True      # sigmoid gate per head, read from the attention input
     gated_attn_init_std: float = 0.005   # its initialization
-    attn_out_gate_enabled: bool = False  # narrow gate per head on the first GATE_WINDOW channels
-    attn_out_gate_src: str = "proj"      # what it reads: proj (the attention input) or q (the raw queries)
-    smear_gate_enabled: bool = False     # mix in the previous token's embedding, never across documents
-    gate_window: int = 12                # channels that the narrow gates read
-    qk_gain_per_layer: str = ""          # initial gains by layer, separated by commas; replaces QK_GAIN_INIT
-    xielu_enabled: bool = False          # the activation of PR #1648, its scalars by depth, instead of the leaky square
-    bigram_hash_enabled: bool = False    # add a hashed table of token pairs to the embedding; 425 KB in the artifact
-    bigram_hash_buckets: int = 16384     # its rows
-    bigram_hash_dim: int = 32            # and their width
-    bigram_hash_prime_a: int = 36313     # hash: PRIME_A * token XOR PRIME_B * previous token
-    bigram_hash_prime_b: int = 27191     # its second factor
-    loop_curriculum: str = ""            # extra passes by fraction, like 0.35:1,0.6:2; replaces ENABLE_LOOPING_AT
-    recur_homotopy: bool = False         # let the loop come in along a sigmoid of the fraction, not at once
-    recur_homotopy_tmid: float = 0.5     # its middle; it starts 5 TAU before and ends 5 TAU after
-    recur_homotopy_tau: float = 0.03     # its width
-    recur_alpha_enabled: bool = False    # a repeated visit moves the stream by alpha times what the layer would
-    recur_alpha_form: str = "learned"    # learned, frozen (stored with the weights) or literal (part of the settings)
-    recur_alpha_values: str = "1"        # start of alpha, one for all or NUM_LOOPS rows of looped layers: 1,1.2;1,0.9
-    cross_pass_xsa_enabled: bool = False  # heads drop a learned part of what they wrote in the pass before
-    recur_diag_p2p_cos: int = 0          # validation rows on which passes are compared at each validation; 0: none
 
     # Optimizer
     matrix_lr: float = 0.026             # Muon, all matrices
@@ -241,6 +222,26 @@ class Config:
     global_ttt_respect_doc_boundaries: bool = True  # attention stays inside documents
 
     # Follow-up systems, all off (what each is worth: LOG.md)
+    attn_out_gate_enabled: bool = False  # narrow gate per head on the first GATE_WINDOW channels
+    attn_out_gate_src: str = "proj"      # what it reads: proj (the attention input) or q (the raw queries)
+    smear_gate_enabled: bool = False     # mix in the previous token's embedding, never across documents
+    gate_window: int = 12                # channels that the narrow gates read
+    qk_gain_per_layer: str = ""          # initial gains by layer, separated by commas; replaces QK_GAIN_INIT
+    xielu_enabled: bool = False          # the activation of PR #1648, its scalars by depth, instead of the leaky square
+    bigram_hash_enabled: bool = False    # add a hashed table of token pairs to the embedding; 425 KB in the artifact
+    bigram_hash_buckets: int = 16384     # its rows
+    bigram_hash_dim: int = 32            # and their width
+    bigram_hash_prime_a: int = 36313     # hash: PRIME_A * token XOR PRIME_B * previous token
+    bigram_hash_prime_b: int = 27191     # its second factor
+    loop_curriculum: str = ""            # extra passes by fraction, like 0.35:1,0.6:2; replaces ENABLE_LOOPING_AT
+    recur_homotopy: bool = False         # let the loop come in along a sigmoid of the fraction, not at once
+    recur_homotopy_tmid: float = 0.5     # its middle; it starts 5 TAU before and ends 5 TAU after
+    recur_homotopy_tau: float = 0.03     # its width
+    recur_alpha_enabled: bool = False    # a repeated visit moves the stream by alpha times what the layer would
+    recur_alpha_form: str = "learned"    # learned, frozen (stored with the weights) or literal (part of the settings)
+    recur_alpha_values: str = "1"        # start of alpha, one for all or NUM_LOOPS rows of looped layers: 1,1.2;1,0.9
+    cross_pass_xsa_enabled: bool = False  # heads drop a learned part of what they wrote in the pass before
+    recur_diag_p2p_cos: int = 0          # validation rows on which passes are compared at each validation; 0: none
     hotstart_fp_ckpt: str = ""           # float weights to rotate, quantize, pack and score; also writes final.json
     spinquant_mode: str = "baseline"     # rotate weights for GPTQ alone: internal_only, full or port_1695
     spinquant_enabled: bool = False      # follows SPINQUANT_MODE; 1 without a mode is port_1695, its public name
@@ -335,6 +336,9 @@ RETIRED = {  # names of the public script that never did, or no longer do, anyth
     "MATRIX_CLIP_SIGMAS": "every matrix has a knob of its own: ATTN_, MLP_ or EMBED_CLIP_SIGMAS",
 }
 
+IS_SUBMISSION = False  # a submission is this program without what only its makers need
+LEFT_OUT: dict[str, Any] = {}  # knobs that it lacks, and the values it was built for
+
 BOOLEANS = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
 
 
@@ -375,14 +379,20 @@ def load_config(env: Mapping[str, str]) -> Config:
     preset = env.get("PRESET", "")
     if preset and preset not in PRESETS:
         problems.append(f"PRESET={preset!r}: there is only {', '.join(PRESETS)}")
+    problems += [
+        f"{name} was left out of this submission, built for {value}: unset it, or run the whole program"
+        for name, value in LEFT_OUT.items()
+        if env.get(name, "") not in ("", str(value), str(int(value)) if isinstance(value, bool) else "")
+    ]
     values: dict[str, Any] = dict(PRESETS.get(preset, {}))
     for name in sorted(knobs.keys() & env.keys()):
         try:
             values[knobs[name].name] = parse_knob(name, str(knobs[name].type), env[name])
         except ValueError as e:
             problems.append(str(e))
-    spin = values.setdefault("spinquant_mode", "port_1695" if values.get("spinquant_enabled") else "baseline")
-    values.setdefault("spinquant_enabled", spin != "baseline")
+    if "SPINQUANT_MODE" in knobs:  # each of the two says what the other is
+        mode = values.setdefault("spinquant_mode", "port_1695" if values.get("spinquant_enabled") else "baseline")
+        values.setdefault("spinquant_enabled", mode != "baseline")
     cfg = Config(**values)
     problems += [sentence for bad, sentence in config_rules(cfg) if bad]
     if problems:
@@ -709,11 +719,11 @@ def input_problems(cfg: Config, run: Run) -> Iterator[str]:
 
 
 def environment_problems(cfg: Config, run: Run) -> Iterator[str]:
-    wanted = {"sentencepiece": "sentencepiece", "brotli": "brotli", "python_minifier": "python-minifier"}
+    wanted = {"sentencepiece": "sentencepiece", "brotli": "brotli"}
+    if not IS_SUBMISSION and not cfg.eval_only_artifact:
+        wanted["python_minifier"] = "python-minifier"
     if cfg.compressor == "zstd":
         wanted["zstandard"] = "zstandard"
-    if cfg.eval_only_artifact:
-        wanted.pop("python_minifier")
     for module, package in wanted.items():
         if importlib.util.find_spec(module) is None:
             yield f"the package {package} is missing: pip install {package}"
@@ -3680,12 +3690,132 @@ def _piece(data: bytes, size: int, section: str, compressor: str) -> bytes:
     return raw
 
 
-def without_switches(source: str, cfg: Config) -> str:
-    """This program without the switches that are off; `switch_rules` refuses to turn one on that is not there."""
-    off = {kind.__name__ for kind in Switch.__subclasses__() if not getattr(cfg, kind.knob)}
-    tree = ast.parse(source)
-    tree.body = [node for node in tree.body if not (isinstance(node, ast.ClassDef) and node.name in off)]
-    return ast.unparse(tree)
+class Specialize(ast.NodeTransformer):
+    """Makes a submission of this program: constants in the place of knobs, and without what they decide.
+
+    fixed: knob -> its value. Only conditions that are constant then are folded.
+    """
+
+    def __init__(self, fixed: Mapping[str, Any]):
+        self.fixed = fixed
+
+    def visit_Name(self, node: ast.Name) -> ast.AST:
+        return ast.Constant(True) if node.id == "IS_SUBMISSION" and isinstance(node.ctx, ast.Load) else node
+
+    def visit_Attribute(self, node: ast.Attribute) -> ast.AST:
+        self.generic_visit(node)
+        return ast.Constant(self.fixed[node.attr]) if node.attr in self.fixed else node
+
+    def visit_ClassDef(self, node: ast.ClassDef) -> ast.AST | None:
+        """Without the fields of Config; a switch that is off goes whole."""
+        knob = next((s.value.value for s in node.body if isinstance(s, ast.Assign) and s.targets[0].id == "knob"), None)
+        if knob in self.fixed:
+            return None
+        node.body = [s for s in node.body if not (isinstance(s, ast.AnnAssign) and s.target.id in self.fixed)]
+        return self.generic_visit(node)
+
+    def visit_AnnAssign(self, node: ast.AnnAssign) -> ast.AST:
+        if isinstance(node.target, ast.Name) and node.target.id == "LEFT_OUT":
+            node.value = ast.parse(repr({k.upper(): v for k, v in self.fixed.items()}), mode="eval").body
+            return node
+        return self.generic_visit(node)
+
+    def visit_Call(self, node: ast.Call) -> ast.AST:
+        node.keywords = [k for k in node.keywords if k.arg not in self.fixed]  # the choices that a knob has
+        return self.generic_visit(node)
+
+    def visit_Tuple(self, node: ast.Tuple) -> ast.AST:
+        node.elts = [e for e in node.elts if not (isinstance(e, ast.Constant) and e.value in self.fixed)]
+        return self.generic_visit(node)
+
+    def visit_List(self, node: ast.List) -> ast.AST:
+        """Without rules (False, ...) that can no longer be broken."""
+        self.generic_visit(node)
+        rules = [isinstance(e, ast.Tuple) and e.elts and isinstance(e.elts[0], ast.Constant) for e in node.elts]
+        node.elts = [e for e, rule in zip(node.elts, rules, strict=True) if not (rule and e.elts[0].value is False)]
+        return node
+
+    def fold(self, node: ast.expr) -> ast.expr:
+        self.generic_visit(node)
+        if isinstance(node, ast.BoolOp):  # a constant that decides ends the rest, one that does not falls out
+            decides = isinstance(node.op, ast.Or)
+            kept = []
+            for v in node.values:
+                if not isinstance(v, ast.Constant):
+                    kept.append(v)
+                elif bool(v.value) is decides:
+                    return v if not kept else ast.BoolOp(node.op, [*kept, v])
+            last = node.values[-1]
+            return ast.BoolOp(node.op, kept) if len(kept) > 1 else kept[0] if kept else last
+        constant = all(
+            isinstance(c, ast.Constant | ast.operator | ast.unaryop | ast.cmpop) for c in ast.iter_child_nodes(node)
+        )
+        return ast.Constant(eval(ast.unparse(node), {})) if constant else node
+
+    visit_BoolOp = visit_Compare = visit_UnaryOp = fold
+
+    def visit_IfExp(self, node: ast.IfExp) -> ast.AST:
+        self.generic_visit(node)
+        return (node.body if node.test.value else node.orelse) if isinstance(node.test, ast.Constant) else node
+
+    def visit_If(self, node: ast.If) -> Any:
+        self.generic_visit(node)
+        return (node.body if node.test.value else node.orelse) if isinstance(node.test, ast.Constant) else node
+
+
+def defined(node: ast.stmt) -> str:
+    """What a statement gives a name to: a function, a class or one constant; else nothing."""
+    if isinstance(node, ast.FunctionDef | ast.ClassDef):
+        return node.name
+    target = (
+        node.target if isinstance(node, ast.AnnAssign) else node.targets[0] if isinstance(node, ast.Assign) else None
+    )
+    return target.id if isinstance(target, ast.Name) else ""
+
+
+def bases_of(node: ast.stmt) -> list[ast.expr]:
+    return node.bases if isinstance(node, ast.ClassDef) else []
+
+
+def names_in(tree: ast.AST) -> Counter[str]:
+    """How often a name is read anywhere below."""
+    nodes = list(ast.walk(tree))
+    names = Counter(n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load))
+    return names + Counter(n.attr for n in nodes if isinstance(n, ast.Attribute))
+
+
+def without_dead_code(tree: ast.Module) -> ast.Module:
+    """Drops functions, methods, classes and constants whose names stand nowhere else, until there are none.
+
+    Not the switches, which find themselves.
+    """
+    called_by_others = re.compile(r"__\w+__|visit_\w+|forward|backward|main")
+    while True:
+        names = names_in(tree)
+        owners = [
+            (tree, node) for node in tree.body if defined(node) and "Switch" not in map(ast.unparse, bases_of(node))
+        ]
+        classes = [c for c in tree.body if isinstance(c, ast.ClassDef)]
+        owners += [(c, f) for c in classes for f in c.body if isinstance(f, ast.FunctionDef)]
+        dead = [(owner, node) for owner, node in owners if not called_by_others.fullmatch(defined(node))
+                and names[defined(node)] == names_in(node)[defined(node)]]  # fmt: skip
+        if not dead:
+            return tree
+        for owner, node in dead:
+            owner.body.remove(node)
+            owner.body = owner.body or [ast.Pass()]
+
+
+def specialized(source: str, cfg: Config) -> str:
+    """This program without the follow-up systems that `cfg` does not use; `load_config` refuses to turn one on.
+
+    Bytes of code are bytes of the submission, so a run pays for what it uses.
+    """
+    section = next(where for where, name, *_ in manual() if name == "SMEAR_GATE_ENABLED")
+    default = Config()
+    knobs = [name.lower() for where, name, *_ in manual() if where == section]
+    fixed = {k: getattr(cfg, k) for k in knobs if getattr(cfg, k) == getattr(default, k)}
+    return ast.unparse(without_dead_code(ast.fix_missing_locations(Specialize(fixed).visit(ast.parse(source)))))
 
 
 class StripAnnotations(ast.NodeTransformer):
@@ -3743,7 +3873,8 @@ def self_extracting(program: str) -> bytes:
 def build_submission(folder: Path, artifact: bytes, cfg: Config) -> dict[str, int]:
     """Writes submission/train_gpt.py and submission/final_model.int6.ptz; returns the bytes of each and their sum."""
     source = Path(__file__).read_text()
-    code = self_extracting(minify(without_switches(source, cfg)))
+    # A submission that trains again submits itself: the file that unpacked this one.
+    code = Path(sys.orig_argv[-1]).read_bytes() if IS_SUBMISSION else self_extracting(minify(specialized(source, cfg)))
     write_atomically(folder / "train_gpt.py", lambda f: f.write(code))
     write_atomically(folder / ARTIFACT_NAME, lambda f: f.write(artifact))
     sizes = {"source": len(source.encode()), **{k: (folder / n).stat().st_size for k, n in
@@ -4486,11 +4617,11 @@ def print_sizes(folder: str) -> None:
     blob = Path(folder, ARTIFACT_NAME).read_bytes() if folder else b""
     header = read_header(blob)[0] if folder else {}
     source = Path(__file__).read_text()
-    whole = self_extracting(minify(without_switches(source, Config())))
+    whole = self_extracting(minify(specialized(source, Config())))
     print(f"{'source':<40}{len(source.encode()):>12}")
     print(f"{'minified':<40}{len(minify(source)):>12}")
     print(f"{'submission/train_gpt.py':<40}{len(whole):>12}")
-    print("of which, each compressed alone, so that they sum to more:")
+    print("sections, each compressed alone, so that they sum to more, and with what a submission leaves out:")
     parts = re.split(r"^# -{20,}\n# (\d+\. .*?)(?::.*)?\n(?:# .*\n)*# -{20,}\n", source, flags=re.M)
     for title, body in zip(parts[1::2], parts[2::2], strict=True):
         print(f"  {title:<38}{len(_brotli(minify(body).encode())):>12}")
@@ -4526,7 +4657,7 @@ def obey_arguments(args: Sequence[str]) -> int:
 
 def main() -> int:
     """Exit code 0: scored within the budgets; 1: failed; 2: bad settings or input; 3: scored, but over a budget."""
-    if sys.argv[1:]:
+    if not IS_SUBMISSION and sys.argv[1:]:
         return obey_arguments(sys.argv[1:])
     first = os.environ.get("RANK", "0") == "0"
     try:
@@ -4556,7 +4687,7 @@ def main() -> int:
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# 14. SWITCHES: follow-up systems that act inside the model, all off; the record never comes here
+# 14. SWITCHES: follow-up systems, all off; the record never comes here
 # --------------------------------------------------------------------------------------------------------------------
 class Switch:
     """A follow-up system, turned on by its knob. Its methods are called where the pipeline says their names.
@@ -4617,12 +4748,6 @@ class Switch:
         """After the last."""
 
 
-SWITCH_KNOBS = (
-    "bigram_hash_enabled", "smear_gate_enabled", "recur_homotopy", "recur_alpha_enabled", "cross_pass_xsa_enabled",
-    "recur_diag_p2p_cos", "spinquant_enabled", "hotstart_fp_ckpt",
-)  # fmt: skip
-
-
 def switches(cfg: Config) -> list[Switch]:
     """Those that are on, in the order of this section."""
     return [kind(cfg) for kind in Switch.__subclasses__() if getattr(cfg, kind.knob)]
@@ -4635,13 +4760,10 @@ def switch_rules(c: Config) -> list[tuple[bool, str]]:
     except ValueError:
         return [(True, "cannot read a list: give QK_GAIN_PER_LAYER as 2.3,2.9,..., RECUR_ALPHA_VALUES as 1 or as "
                        "1,1.2;1,0.9 and LOOP_CURRICULUM as 0.35:1,0.6:2")]  # fmt: skip
-    here = {kind.knob for kind in Switch.__subclasses__()}
     loops = [n for _, n in stages]
     per_pass = c.recur_homotopy or c.recur_alpha_enabled or c.cross_pass_xsa_enabled or c.recur_diag_p2p_cos
     shape = f"RECUR_ALPHA_VALUES needs {c.num_loops} rows of {c.looped_layers} numbers, or one number for all"
     return [
-        *((bool(getattr(c, knob)) and knob not in here, f"this submission was built without {knob.upper()}")
-          for knob in SWITCH_KNOBS),
         (len(gains) not in (0, c.num_layers), f"QK_GAIN_PER_LAYER needs {c.num_layers} numbers, has {len(gains)}"),
         (bool(per_pass) and c.num_loops == 0, "RECUR_ and CROSS_PASS_ switches need NUM_LOOPS above 0"),
         (c.recur_alpha_enabled and [len(row) for row in alphas] != [c.looped_layers] * c.num_loops, shape),
@@ -4654,7 +4776,7 @@ def switch_rules(c: Config) -> list[tuple[bool, str]]:
          "BIGRAM_HASH_BUCKETS and BIGRAM_HASH_DIM must be above 0"),
         (c.spinquant_enabled != (c.spinquant_mode != "baseline"),
          f"SPINQUANT_ENABLED={c.spinquant_enabled:d} contradicts SPINQUANT_MODE={c.spinquant_mode}: set one of them"),
-        (not 0 <= c.spinquant_seed < 2**31, "SPINQUANT_SEED must lie in 0..2147483647"),
+        (not 0 <= c.spinquant_seed < 2147483648, "SPINQUANT_SEED must lie in 0..2147483647"),
         (c.spinquant_enabled and max(c.model_dim, c.hidden_dim) > 8192,
          "SPINQUANT_MODE rotates at most 8192 channels: set it to baseline"),
     ]  # fmt: skip
