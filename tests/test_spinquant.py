@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from pipeline_tools import UNMINIFIED, Finished, make_shards, run, together
+from pipeline_tools import UNMINIFIED, Finished, Launch, make_shards, run, tiny, together
 from support import LoneRun, documents, relative_error, tiny_config, tiny_model
 from test_packing import relabelled
 from torch import Tensor
@@ -355,12 +355,18 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Finished]:
     def hot(name: str, world: int = 1, path: Path = root / "flat.pt", **more: Any) -> Finished:
         return run(root / name, data, UNMINIFIED | dict(world=world), **knobs, **more, HOTSTART_FP_CKPT=path)
 
-    return {"trained": trained} | together({
+    ended = {"trained": trained} | together({
         "port_1695": lambda: hot("port", SPINQUANT_MODE="port_1695"),
         "full": lambda: hot("full", SPINQUANT_MODE="full"),
         "two": lambda: hot("two", 2, SPINQUANT_MODE="full"),
         "broken": lambda: hot("broken", path=root / "broken.pt"),
     })  # fmt: skip
+    home = ended["full"].folder / "submission"
+    left = {name.upper() for name in (*train_gpt.MODEL_FIELDS, "train_batch_tokens")}
+    alone = {k: v for k, v in tiny(root / "alone", data, **knobs).items() if k not in left}
+    alone |= {"EVAL_ONLY_ARTIFACT": home / train_gpt.ARTIFACT_NAME, "PYTHONPATH": ""}
+    with Launch(alone, fresh=True, script=home / "train_gpt.py", cwd=root) as launch:
+        return ended | {"alone": launch.finish()}
 
 
 def test_a_hotstart_repeats_the_run_it_comes_from(runs: dict[str, Finished]) -> None:
@@ -386,6 +392,14 @@ def test_final_json_is_the_result(runs: dict[str, Finished]) -> None:
     assert final["quant_file_bytes"] == len(full.artifact) == files[train_gpt.ARTIFACT_NAME]
     assert (final["mode"], final["spinquant_seed"], final["status"]) == ("full", 42, "ok")
     assert final["hotstart_ckpt"].endswith("flat.pt")
+
+
+def test_the_submission_turns_back_on_its_own(runs: dict[str, Finished]) -> None:
+    alone, full = runs["alone"].ok(), runs["full"]
+    assert "spinquant:undone_rotations:25_matrices mode:full seed:42" in alone.output
+    assert alone.result["bpb_ttt"] == full.result["bpb_ttt"]
+    program = (full.folder / "submission" / "train_gpt.py").read_bytes()
+    assert len(program) > len((runs["trained"].folder / "submission" / "train_gpt.py").read_bytes())  # and Hotstart
 
 
 def test_the_manifest_holds_every_rotation(runs: dict[str, Finished]) -> None:
