@@ -263,7 +263,16 @@ class Config:
     eval_hash_emb_buckets: int = 16384   # vectors; pairs are hashed to them
     eval_hash_emb_lr_mult: float = 10.0  # learning rate of both eval embeddings over GLOBAL_TTT_LR
     eval_loop_emb_enabled: bool = False  # TTT: the same for each pass of the loop, where it enters LOOP_START
+    hotstart_fp_ckpt: str = ""           # float weights to rotate, quantize, pack and score; also writes final.json
+    spinquant_mode: str = "baseline"     # rotate weights for GPTQ alone: internal_only, full or port_1695
+    spinquant_enabled: bool = False      # follows SPINQUANT_MODE; 1 without a mode is port_1695, its public name
+    spinquant_seed: int = 42             # of the rotations
+    spinquant_sites: str = "attn_in,attn_proj_in,mlp_in,mlp_proj_in"  # inputs that port_1695 (full: the last) rotates
     # fmt: on
+
+    @property
+    def float_checkpoint(self) -> str:
+        return self.hotstart_fp_ckpt or self.eval_only_checkpoint
 
     @property
     def qk_gains(self) -> list[float]:
@@ -421,6 +430,9 @@ def load_config(env: Mapping[str, str]) -> Config:
             values[knobs[name].name] = parse_knob(name, str(knobs[name].type), env[name])
         except ValueError as e:
             problems.append(str(e))
+    if "SPINQUANT_MODE" in knobs:  # each of the two says what the other is
+        mode = values.setdefault("spinquant_mode", "port_1695" if values.get("spinquant_enabled") else "baseline")
+        values.setdefault("spinquant_enabled", mode != "baseline")
     cfg = Config(**values)
     problems += [sentence for bad, sentence in config_rules(cfg) if bad]
     if problems:
@@ -434,7 +446,7 @@ def config_rules(c: Config) -> list[tuple[bool, str]]:
         device=("auto", "cuda", "cpu"), compute_dtype=("auto", "bfloat16", "float32"), kernels=("auto", "spec"),
         attention=("auto", *ATTENTION_KINDS), parallel_final_lane=("mean", "attn", "mlp"),
         attn_out_gate_src=("proj", "q"), compressor=tuple(COMPRESSORS), ttt_optimizer=("adam", "sgd"),
-        ttt_context=("rerun", "cached"),
+        ttt_context=("rerun", "cached"), spinquant_mode=("baseline", "internal_only", "full", "port_1695"),
         recur_alpha_form=("learned", "frozen", "literal"), from_stage=("", *STAGES[1:]),
     )  # fmt: skip
     named = [
@@ -480,8 +492,8 @@ def config_rules(c: Config) -> list[tuple[bool, str]]:
          "MAX_WALLCLOCK_SECONDS must exceed GPTQ_RESERVE_SECONDS"),
         (bool(c.run_dir and c.artifact_dir), "RUN_DIR and ARTIFACT_DIR mean the same: set one"),
         (bool(c.from_stage or c.resume) and not (c.run_dir or c.artifact_dir), "FROM_STAGE and RESUME need RUN_DIR"),
-        (bool(c.eval_only_checkpoint) + bool(c.eval_only_artifact) + bool(c.from_stage) + c.resume > 1,
-         "choose one of EVAL_ONLY_CHECKPOINT, EVAL_ONLY_ARTIFACT, FROM_STAGE and RESUME"),
+        (sum(map(bool, (c.eval_only_checkpoint, c.hotstart_fp_ckpt, c.eval_only_artifact, c.from_stage, c.resume))) > 1,
+         "choose one of EVAL_ONLY_CHECKPOINT, HOTSTART_FP_CKPT, EVAL_ONLY_ARTIFACT, FROM_STAGE and RESUME"),
         (any(not b.strip().isdigit() for b in c.ttt_eval_batches.split(",")) and c.ttt_eval_batches != "",
          f"TTT_EVAL_BATCHES={c.ttt_eval_batches!r}: give batch numbers like 5,250,500"),
         *switch_rules(c),
@@ -752,7 +764,7 @@ def input_problems(cfg: Config, run: Run) -> Iterator[str]:
     if cfg.resume:
         rows.append(("RESUME=1", run.folder / "checkpoint.pt", "start the run without RESUME"))
     stage_files = [path for _, path, _ in rows if path.suffix == ".pt"]
-    for name in ("eval_only_checkpoint", "eval_only_artifact"):
+    for name in ("eval_only_checkpoint", "hotstart_fp_ckpt", "eval_only_artifact"):
         if path := getattr(cfg, name):
             rows.append((name.upper(), Path(path), "give the path of an existing file"))
     for asked, path, remedy in rows:
@@ -3560,6 +3572,8 @@ def code_share(
 def quantize(state: Mapping[str, Tensor], hessians: Mapping[str, Tensor], cfg: Config, run: Run) -> dict[str, Coded]:
     """Every tensor in its stored form, GPTQ split over the ranks, the result on all of them."""
     flat = unbank(state)
+    for switch in switches(cfg):
+        flat, hessians = switch.code(flat, hessians, run)
     batches = gptq_batches(flat, cfg)
     shares = run.gather(code_share(share_of(run.rank, run.world, batches), flat, hessians, run))
     for note in itertools.chain.from_iterable(notes for _, notes, _ in shares):
@@ -3600,6 +3614,7 @@ MODEL_FIELDS = (
     "xielu_enabled", "bigram_hash_enabled", "bigram_hash_buckets", "bigram_hash_dim", "bigram_hash_prime_a",
     "bigram_hash_prime_b", "recur_alpha_enabled", "recur_alpha_form", "recur_alpha_values", "cross_pass_xsa_enabled",
 )  # fmt: skip
+CODED_FIELDS = (*MODEL_FIELDS, "spinquant_enabled", "spinquant_mode", "spinquant_seed", "spinquant_sites")
 
 
 class ArtifactError(ValueError):
@@ -3686,11 +3701,11 @@ def pack(coded: Mapping[str, Coded], looped: int, cfg: Config) -> bytes:
     with ThreadPoolExecutor() as pool:  # the compressors release the interpreter lock
         packed = list(pool.map(COMPRESSORS[cfg.compressor][0], pieces))
     payload = b"".join(packed)
-    defaults = Config()
+    defaults, names = Config(), CODED_FIELDS if cfg.spinquant_enabled else MODEL_FIELDS
     header = {
         "compressor": cfg.compressor,
         "looped": looped,
-        "config": {k: getattr(cfg, k) for k in MODEL_FIELDS if getattr(cfg, k) != getattr(defaults, k)},
+        "config": {k: getattr(cfg, k) for k in names if getattr(cfg, k) != getattr(defaults, k)},
         "tensors": [
             [n, c.kind, c.bits, list((c.codes if c.values is None else c.values).shape)] for n, c in coded.items()
         ],
@@ -3748,6 +3763,7 @@ def _tensor_layout(header: dict[str, Any]) -> list[tuple[str, str, int, list[int
 def unpack(blob: bytes) -> tuple[dict[str, Tensor], int, dict[str, Any]]:
     """Artifact -> (banked state dict in float32, extra passes of the loop, model settings unlike the defaults).
 
+    Where these settings hold a SPINQUANT_MODE, the matrices are still in its coordinates.
     Raises ArtifactError in one sentence for anything damaged, cut short or impossible; allocates what the header's
     shapes need and no more than RAW_LIMIT.
     """
@@ -4572,12 +4588,14 @@ def base_loss(model: GPT, tokens: np.ndarray, row: int, cfg: Config, run: Run) -
 STAGES = ("train", "calibrate", "quantize", "pack", "evaluate", "ttt")
 
 
-def shape_fingerprint(cfg: Config) -> dict[str, Any]:
+def shape_fingerprint(cfg: Config, fields: Sequence[str] = MODEL_FIELDS) -> dict[str, Any]:
     """The settings that decide every tensor's shape and meaning."""
-    return {k: getattr(cfg, k) for k in MODEL_FIELDS}
+    return {k: getattr(cfg, k) for k in fields}
 
 
-def load_stage_file(cfg: Config, run: Run, name: str, asked: str, **how: Any) -> dict[str, Any]:
+def load_stage_file(
+    cfg: Config, run: Run, name: str, asked: str, fields: Sequence[str] = MODEL_FIELDS, **how: Any
+) -> dict[str, Any]:
     """A file that an earlier stage left in the run folder. Raises Stop if it is missing, broken or of another model."""
     path = run.folder / name
     try:
@@ -4585,8 +4603,9 @@ def load_stage_file(cfg: Config, run: Run, name: str, asked: str, **how: Any) ->
         theirs = state["fingerprint"]
     except Exception as e:  # torch raises many kinds for a damaged file
         raise Stop(f"{asked} cannot read {path} ({type(e).__name__}): start from an earlier stage", 2) from None
-    ours = shape_fingerprint(cfg)
-    if differ := [f"{k.upper()}={theirs.get(k)} there, {ours[k]} here" for k in ours if theirs.get(k) != ours[k]]:
+    ours = shape_fingerprint(cfg, fields)
+    theirs = shape_fingerprint(Config(), fields) | theirs  # a file may be older than a setting
+    if differ := [f"{k.upper()}={theirs[k]} there, {ours[k]} here" for k in ours if theirs[k] != ours[k]]:
         remedy = "set the knobs of that run (its run.json has them)"
         raise Stop(f"{path} belongs to another model: {'; '.join(differ)}; {remedy}", 2)
     return state
@@ -4621,8 +4640,9 @@ def train_stage(cfg: Config, run: Run, val: ValidationSet, result: dict[str, Any
 
 
 def score_float(cfg: Config, run: Run, model: GPT, val: ValidationSet, result: dict[str, Any]) -> None:
-    with run.stage("evaluate float"):
-        result["bpb_float"] = evaluate(model, val, cfg, run, "pre-quantization post-ema").bpb
+    with run.stage("evaluate float") as clock:
+        score = evaluate(model, val, cfg, run, "pre-quantization post-ema")
+    result.update(bpb_float=score.bpb, loss_float=score.loss, float_seconds=clock["seconds"])
 
 
 def restored_model(cfg: Config, run: Run, result: dict[str, Any]) -> GPT:
@@ -4635,20 +4655,43 @@ def restored_model(cfg: Config, run: Run, result: dict[str, Any]) -> GPT:
 
 
 def checkpoint_model(cfg: Config, run: Run) -> GPT:
-    """The model of EVAL_ONLY_CHECKPOINT: our 01_weights.pt, or a public state dict (loop on, as the record scores)."""
-    path = Path(cfg.eval_only_checkpoint)
+    """The model of a float checkpoint: our 01_weights.pt, or a public state dict (loop on, as the record scores)."""
+    path = cfg.float_checkpoint
+    asked = f"{'HOTSTART_FP_CKPT' if cfg.hotstart_fp_ckpt else 'EVAL_ONLY_CHECKPOINT'}={path}"
     try:
-        state = torch.load(path, map_location=run.device, weights_only=True)
+        file = torch.load(path, map_location=run.device, weights_only=True)
     except Exception as e:
-        raise Stop(f"EVAL_ONLY_CHECKPOINT={path} cannot be read ({type(e).__name__})", 2) from None
-    looped = state.get("looped", True)  # a public checkpoint does not say: it was trained with the loop
+        raise Stop(f"{asked} cannot be read ({type(e).__name__})", 2) from None
     model = new_model(cfg, run)
     try:
-        model.load_state_dict(state.get("model", state))
-    except RuntimeError as e:
-        raise Stop(f"{path} does not fit the settings: {e}", 2) from None
-    model.looped = looped
+        model.load_state_dict(banked(file, model.state_dict()))
+    except ValueError as e:
+        raise Stop(f"{asked} does not fit the settings: {e}", 2) from None
+    model.looped = file.get("looped", True)  # a public checkpoint does not say: it was trained with the loop
     return model
+
+
+def banked(file: Any, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict with exactly the names and shapes of `like` from what a checkpoint file holds.
+
+    That is a state dict or a dict with one under `state_dict` or `model`, in banks or with a name per matrix. Raises
+    ValueError naming whatever is missing, unknown or of another shape.
+    """
+    if isinstance(file, Mapping):
+        file = next((file[k] for k in ("state_dict", "model") if isinstance(file.get(k), Mapping)), file)
+    named = isinstance(file, Mapping) and all(isinstance(k, str) and isinstance(x, Tensor) for k, x in file.items())
+    if not named:
+        raise ValueError("it holds no state dict, neither at its top nor under state_dict or model")
+    flat = not any(k.endswith("_bank") for k in file)
+    want = unbank(like) if flat else like
+    shapes = [f"{k} {tuple(file[k].shape)} instead of {tuple(x.shape)}" for k, x in want.items()
+              if k in file and file[k].shape != x.shape]  # fmt: skip
+    troubles = {"it lacks": sorted(want.keys() - file.keys()), "it has the unknown": sorted(file.keys() - want.keys()),
+                "other shapes:": shapes}  # fmt: skip
+    if any(troubles.values()):
+        some = lambda names: ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+        raise ValueError("; ".join(f"{what} {some(names)}" for what, names in troubles.items() if names))
+    return rebank(file) if flat else dict(file)
 
 
 def calibrate_stage(cfg: Config, run: Run, model: GPT, result: dict[str, Any]) -> dict[str, Tensor]:
@@ -4675,7 +4718,7 @@ def quantize_stage(
     result["quantize_seconds"] = clock["seconds"]
     if run.main:
         run.log(f"Serialized model: {(run.folder / 'final_model.pt').stat().st_size} bytes")
-    file = {"fingerprint": shape_fingerprint(cfg), "coded": {k: tuple(c) for k, c in coded.items()},
+    file = {"fingerprint": shape_fingerprint(cfg, CODED_FIELDS), "coded": {k: tuple(c) for k, c in coded.items()},
             **{k: result.get(k) for k in ("steps", "train_seconds", "looped")}}  # fmt: skip
     run.save("03_coded.pt", lambda f: torch.save(file, f))
     return coded
@@ -4708,9 +4751,10 @@ def model_from_artifact(cfg: Config, run: Run, blob: bytes) -> GPT:
     """The scoring half starts here: nothing but the artifact says what the model is."""
     try:
         state, looped, settings = unpack(blob)
-        if set(settings) - set(MODEL_FIELDS):
+        shape = shape_fingerprint(Config(), CODED_FIELDS)
+        if any(k not in shape or type(v) is not type(shape[k]) for k, v in settings.items()):
             raise ArtifactError("its settings are not those of a model")
-        shape = {k: getattr(Config(), k) for k in MODEL_FIELDS} | settings
+        shape |= settings
         mine = replace(cfg, **shape)
         if broken := [sentence for bad, sentence in config_rules(mine) if bad]:
             raise ArtifactError(f"its settings cannot work: {broken[0]}")
@@ -4721,6 +4765,8 @@ def model_from_artifact(cfg: Config, run: Run, blob: bytes) -> GPT:
         if mine.vocab_size != cfg.vocab_size:
             raise ArtifactError(f"it has a vocabulary of {mine.vocab_size}: set VOCAB_SIZE and a tokenizer to match")
         model = new_model(mine, run)
+        for switch in model.switches:
+            state = switch.decode(state, run)
         model.load_state_dict(state)
     except (ArtifactError, RuntimeError, TypeError, ValueError) as e:
         raise Stop(f"cannot use this artifact: {e}", 2) from None
@@ -4736,7 +4782,7 @@ def score_stages(run: Run, model: GPT, val: ValidationSet, result: dict[str, Any
     if first != "ttt":
         with run.stage("evaluate") as clock:
             score = evaluate(model, val, cfg, run, "quantized")
-        result.update(bpb_quantized=score.bpb, eval_seconds=clock["seconds"])
+        result.update(bpb_quantized=score.bpb, loss_quantized=score.loss, eval_seconds=clock["seconds"])
     if not cfg.ttt_enabled:
         return
     with run.stage("ttt"):
@@ -4744,7 +4790,8 @@ def score_stages(run: Run, model: GPT, val: ValidationSet, result: dict[str, Any
     run.log(f"quantized_ttt_phased val_loss:{score.loss:.8f} val_bpb:{score.bpb:.8f} eval_time:{1000 * seconds:.0f}ms")
     run.log(f"total_eval_time:{seconds:.1f}s")
     partial = cfg.val_doc_fraction < 1 or bool(cfg.ttt_eval_batches)
-    result.update({"bpb_ttt_partial" if partial else "bpb_ttt": score.bpb, "ttt_seconds": seconds})
+    result.update({"bpb_ttt_partial" if partial else "bpb_ttt": score.bpb, "loss_ttt": score.loss})
+    result["ttt_seconds"] = seconds
 
 
 def artifact_to_score(cfg: Config, run: Run) -> bytes:
@@ -4758,7 +4805,7 @@ def artifact_to_score(cfg: Config, run: Run) -> bytes:
 def pipeline(cfg: Config, run: Run) -> dict[str, Any]:
     """Runs the stages from the first that is asked for; returns the numbers of the result block."""
     first = cfg.from_stage or "train"
-    if cfg.eval_only_checkpoint:
+    if cfg.float_checkpoint:
         first = "calibrate"
     elif cfg.eval_only_artifact:
         first = "evaluate"
@@ -4767,12 +4814,14 @@ def pipeline(cfg: Config, run: Run) -> dict[str, Any]:
     val = load_validation(cfg)
     result: dict[str, Any] = {"seed": cfg.seed, "world": run.world}
     made, model = at <= STAGES.index("pack"), None
-    if cfg.eval_only_checkpoint:
+    if cfg.float_checkpoint:
         model = checkpoint_model(cfg, run)
     elif not made:
         model = model_from_artifact(cfg, run, artifact_to_score(cfg, run))
     open_folder(run)  # what is refused has been refused: nothing was written before
     describe_run(cfg, run, val)
+    for switch in switches(cfg):
+        switch.begin(run)
     if made:
         blob = make_artifact(cfg, run, val, result, at, model)
         if run.device.type == "cuda":
@@ -4780,6 +4829,8 @@ def pipeline(cfg: Config, run: Run) -> dict[str, Any]:
         model = model_from_artifact(cfg, run, blob)
     score_stages(run, model, val, result, first)
     result["peak_memory_mib"] = run.peak_memory_mib()
+    for switch in switches(cfg):
+        switch.finish(run, result)
     return result
 
 
@@ -4788,17 +4839,17 @@ def make_artifact(
 ) -> bytes:
     """The training half: weights, Hessians, codes, artifact, each from its stage or from the file that stage left.
 
-    model: that of EVAL_ONLY_CHECKPOINT.
+    model: that of a float checkpoint.
     """
     if at == STAGES.index("pack"):
-        state = load_stage_file(cfg, run, "03_coded.pt", "FROM_STAGE=pack")
+        state = load_stage_file(cfg, run, "03_coded.pt", "FROM_STAGE=pack", CODED_FIELDS)
         result.update({k: state[k] for k in ("steps", "train_seconds", "looped") if state[k] is not None})
         coded = {
             k: Coded(*(p.cpu() if isinstance(p, Tensor) else p for p in parts)) for k, parts in state["coded"].items()
         }
         return pack_stage(cfg, run, coded, result)
     if model:
-        run.log(f"EVAL_ONLY_BYPASS: loading {cfg.eval_only_checkpoint}, skipping training")
+        run.log(f"EVAL_ONLY_BYPASS: loading {cfg.float_checkpoint}, skipping training")
         run.log(f"EVAL_ONLY_BYPASS: model loaded, compiled, looping_active={model.looped > 0}")
         result.update(looped=model.looped)
         score_float(cfg, run, model, val, result)
@@ -4959,7 +5010,7 @@ def main() -> int:
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# 14. SWITCHES: follow-up systems that act inside the model, all off; the record never comes here
+# 14. SWITCHES: follow-up systems, all off; the record never comes here
 # --------------------------------------------------------------------------------------------------------------------
 class Switch:
     """A follow-up system, turned on by its knob. Its methods are called where the pipeline says their names.
@@ -5007,6 +5058,22 @@ class Switch:
     def begin_scoring(self, model: GPT) -> None:
         """Before test-time training scores its first document."""
 
+    def code(
+        self, flat: Mapping[str, Tensor], hessians: Mapping[str, Tensor], run: Run
+    ) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
+        """Weights by public name and Hessians, as quantization gets them."""
+        return flat, hessians
+
+    def decode(self, state: dict[str, Tensor], run: Run) -> dict[str, Tensor]:
+        """The banked weights that the artifact gave."""
+        return state
+
+    def begin(self, run: Run) -> None:
+        """Before the first stage, with the run folder open."""
+
+    def finish(self, run: Run, result: Mapping[str, Any]) -> None:
+        """After the last."""
+
 
 def switches(cfg: Config) -> list[Switch]:
     """Those that are on, in the order of this section."""
@@ -5034,6 +5101,11 @@ def switch_rules(c: Config) -> list[tuple[bool, str]]:
          "RECUR_HOMOTOPY_TAU must be above 0 and let the loop be whole, at TMID + 5 TAU, before training ends"),
         (c.bigram_hash_enabled and min(c.bigram_hash_buckets, c.bigram_hash_dim) <= 0,
          "BIGRAM_HASH_BUCKETS and BIGRAM_HASH_DIM must be above 0"),
+        (c.spinquant_enabled != (c.spinquant_mode != "baseline"),
+         f"SPINQUANT_ENABLED={c.spinquant_enabled:d} contradicts SPINQUANT_MODE={c.spinquant_mode}: set one of them"),
+        (not 0 <= c.spinquant_seed < 2147483648, "SPINQUANT_SEED must lie in 0..2147483647"),
+        (c.spinquant_enabled and max(c.model_dim, c.hidden_dim) > 8192,
+         "SPINQUANT_MODE rotates at most 8192 channels: set it to baseline"),
     ]  # fmt: skip
 
 
@@ -5265,6 +5337,169 @@ class PassSimilarity(Switch):
             run.metric("p2p_cos", step=step, rows=rows)
             text = " ".join(f"{r['again']}.L{r['layer']}:{r['value']:.4f}" for r in rows if r["what"] == "cos_delta")
             run.log(f"p2p_cos: {text}")
+
+
+Blocks = tuple[tuple[int, int], ...]  # (size, seed) of the rotations along the diagonal of a larger one; (): none
+
+
+class SpinQuant(Switch):
+    """GPTQ in other coordinates (Liu et al. 2024, arXiv 2405.16406).
+
+    A matrix is coded as P^T W Q with the Hessian Q^T H Q of its inputs x Q, and decoded as P (...) Q^T. Turning x at
+    run time instead, as PR #1695 does, is the same function: (x Q)(W Q)^T = x W^T, whatever rounding makes of W Q. So
+    the model, its kernels, adapters and base learning stay as they are (SGD with momentum and a norm clip takes the
+    same step in any orthonormal coordinates), every part is exact before rounding, and the artifact pays for a mode and
+    a seed. attn_scale and mlp_scale are not folded into the rows of the outputs: the adapters' bypasses share them.
+
+    Public evidence: none of it helps. Five variants lie within 9e-5 bpb after TTT, though with Hessians of the unlooped
+    network, and port_1695 costs 16 kB. None turned the embedding, as `full` does: 1.3e-3 bpb better on the demo.
+    """
+
+    knob = "spinquant_enabled"
+    modes: dict[str, dict[str, tuple[str, str]]] = {  # matrix -> (what turns its rows, what turns its columns)
+        "internal_only": {"attn.c_v": ("values", ""), "attn.proj": ("", "queries")},
+        "port_1695": {
+            "attn.c_q": ("", "attn_in"), "attn.c_k": ("", "attn_in"), "attn.c_v": ("", "attn_in"),
+            "attn.proj": ("", "attn_proj_in"), "mlp.fc": ("", "mlp_in"), "mlp.proj": ("", "mlp_proj_in"),
+        },
+        "full": {
+            "attn.c_q": ("", "stream"), "attn.c_k": ("", "stream"), "attn.c_v": ("values", "stream"),
+            "attn.proj": ("stream", "queries"), "mlp.fc": ("", "stream"), "mlp.proj": ("stream", "mlp_proj_in"),
+            "tok_emb": ("", "stream"),
+        },
+    }  # fmt: skip
+    sites = ("attn_in", "attn_proj_in", "mlp_in", "mlp_proj_in")
+
+    def __init__(self, cfg: Config):
+        super().__init__(cfg)
+        asked = {s.strip() for s in cfg.spinquant_sites.split(",")} - {"", "none"}
+        self.table = self.modes.get(cfg.spinquant_mode, {})
+        self.known, self.unknown = [s for s in self.sites if s in asked], sorted(asked - set(self.sites))
+
+    def blocks(self, what: str, layer: int) -> Blocks:
+        """One rotation for all layers, but one per layer and key/value group for what the heads mix."""
+        cfg = self.cfg
+        if what in ("values", "queries"):
+            times = cfg.num_heads // cfg.num_kv_heads if what == "queries" else 1
+            seeds = [cfg.spinquant_seed + 1000 * layer + group for group in range(cfg.num_kv_heads)]
+            return tuple((cfg.head_dim, seed) for seed in seeds for _ in range(times))
+        if not what or (what in self.sites and what not in self.known):
+            return ()
+        digest = hashlib.sha256(f"{cfg.spinquant_seed}:{what}".encode()).digest()
+        return ((cfg.hidden_dim if what == "mlp_proj_in" else cfg.model_dim, int.from_bytes(digest[:4], "big")),)
+
+    def rotations(self) -> dict[str, tuple[Blocks, Blocks]]:
+        """Of every matrix that the mode turns, by its public name: the rotations of its rows and of its columns.
+
+        Matrices of one input have the same rotation of columns, so they still share a Hessian and a GPTQ stack.
+        """
+        turns = {}
+        for (matrix, (rows, columns)), i in itertools.product(self.table.items(), range(self.cfg.num_layers)):
+            pair = self.blocks(rows, i), self.blocks(columns, i)
+            if any(pair):
+                turns[f"blocks.{i}.{matrix}.weight" if matrix in MATRICES else f"{matrix}.weight"] = pair
+        return turns
+
+    @staticmethod
+    @functools.cache
+    def orthogonal(size, seed):
+        """Q of the QR factors of random signs times a Hadamard matrix, cut to (size, size); float64.
+
+        The signs come from NumPy's legacy generator, whose stream is frozen: the decoder has to find the same ones.
+        """
+        h = torch.ones(1, 1, dtype=torch.float64)
+        while len(h) < size:
+            h = torch.cat((torch.cat((h, h), 1), torch.cat((h, -h), 1)))
+        signs = torch.from_numpy(np.random.RandomState(seed).choice((-1.0, 1.0), (size, 1)))
+        return torch.linalg.qr(signs * h[:size, :size] / size**0.5).Q
+
+    def turned(self, x: Tensor, rows: Blocks, columns: Blocks, back: bool = False) -> Tensor:
+        """P^T x Q in float32, back: P x Q^T; x (rows, columns).
+
+        In between float64, 0.1 TFLOP in all: TF32 would cost more than rounding.
+        """
+        x = x.double()
+        p, q = (torch.block_diag(*(self.orthogonal(*b) for b in blocks)).to(x.device) for blocks in (rows, columns))
+        if rows:
+            x = (p if back else p.mT) @ x
+        if columns:
+            x = x @ (q.mT if back else q)
+        return x.float()
+
+    def spin(self, flat: Mapping[str, Tensor], back: bool = False) -> dict[str, Tensor]:
+        """The matrices in the coordinates in which they are coded; back: out of them."""
+        turns = self.rotations()
+        return {name: self.turned(x, *turns[name], back) if name in turns else x for name, x in flat.items()}
+
+    def code(
+        self, flat: Mapping[str, Tensor], hessians: Mapping[str, Tensor], run: Run
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        turns = self.rotations()
+        keys = {name: hessian_key(name) for name, (_, columns) in turns.items() if columns}
+        named = [columns for _, columns in self.table.values() if columns in self.sites]
+        skipped = sum(s not in self.known for s in named) * self.cfg.num_layers
+        active, missing = [s for s in self.known if s in named], sum(key not in hessians for key in keys.values())
+        if self.unknown:
+            run.log(f"spinquant:unknown_sites_ignored:{self.unknown}")
+        run.log(
+            f"spinquant:rotated_weights:{len(turns)} hessians:{len(keys) - missing} missing_hessians:{missing} "
+            f"skipped_by_sites:{skipped} active_sites:{active}"
+        )
+        columns = {key: turns[name][1] for name, key in keys.items()}
+        return self.spin(flat), {
+            key: self.turned(h, columns[key], columns[key]) if key in columns else h for key, h in hessians.items()
+        }
+
+    def decode(self, state: dict[str, Tensor], run: Run) -> dict[str, Tensor]:
+        cfg = self.cfg
+        run.log(
+            f"spinquant:undone_rotations:{len(self.rotations())}_matrices mode:{cfg.spinquant_mode} "
+            f"seed:{cfg.spinquant_seed} sites:{self.known} model_dim:{cfg.model_dim} hidden_dim:{cfg.hidden_dim}"
+        )
+        return rebank(self.spin(unbank({k: x.to(run.device) for k, x in state.items()}), back=True))
+
+
+class Hotstart(Switch):
+    """The files that the public driver of the rotations writes; its work is that of every float checkpoint.
+
+    Its artifact_bytes counted the driver instead of the training program, and it left the loop off.
+    """
+
+    knob = "hotstart_fp_ckpt"
+
+    def begin(self, run: Run) -> None:
+        """Writes which rotations (size, seed) stand along the diagonal of what turns each matrix."""
+        cfg, sizes, turns = self.cfg, {}, {}
+        for s in switches(cfg):
+            if s.knob == "spinquant_enabled":
+                turns = {name: dict(rows=rows, columns=columns) for name, (rows, columns) in s.rotations().items()}
+                used = {what for pair in s.table.values() for what in pair}
+                sizes = {what: sum(n for n, _ in b) for what in sorted(used) if (b := s.blocks(what, 0))}
+        manifest = dict(mode=cfg.spinquant_mode, base_seed=cfg.spinquant_seed, sites=cfg.spinquant_sites.split(","),
+                        sizes=sizes, rotations=turns)  # fmt: skip
+        self.write(run, "rotation_manifest.json", manifest)
+
+    def finish(self, run: Run, result: Mapping[str, Any]) -> None:
+        """Turning changes no float weight, so the float score is the one after rotation, too."""
+        stages = dict(
+            diagnostic_pre_quant_post_rotation=("float", "float_seconds"),
+            diagnostic_quantized=("quantized", "eval_seconds"),
+            quantized_ttt_phased=("ttt", "ttt_seconds"),
+        )
+        final = {"spec": "hotstart", "mode": self.cfg.spinquant_mode, "spinquant_seed": self.cfg.spinquant_seed,
+                 "hotstart_ckpt": self.cfg.hotstart_fp_ckpt,
+                 "status": "ok" if result["total_bytes"] <= ARTIFACT_LIMIT else "too large"}  # fmt: skip
+        for name, (stage, clock) in stages.items():
+            if clock in result:
+                bpb = result.get(f"bpb_{stage}", result.get(f"bpb_{stage}_partial"))
+                milliseconds = round(1000 * result[clock])
+                final[name] = dict(val_loss=result[f"loss_{stage}"], val_bpb=bpb, eval_time_ms=milliseconds)
+        final |= {"artifact_bytes": result["total_bytes"], "quant_file_bytes": result["artifact_bytes"]}
+        self.write(run, "final.json", final)
+
+    @staticmethod
+    def write(run, name, value):
+        run.save(name, lambda f: f.write(json.dumps(value, indent=1).encode()))
 
 
 if __name__ == "__main__":
