@@ -23,8 +23,10 @@ TOKENIZER := tokenizer/caseops_8192.model
 DEMO := data/demo
 DEMO_DATASET := $(DEMO)/datasets/fineweb10B_sp8192_lossless_caps_caseops_v1_reserved
 DEMO_VAL_DOCS ?= 24
+FUZZ_CASES ?= 100000
+FUZZ_SEED ?= 0
 
-.PHONY: help setup demo test lint size bench readme clean
+.PHONY: help setup demo test fuzz lint size bench readme clean
 
 help:  ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-6s %s\n", $$1, $$2}' Makefile
@@ -38,6 +40,9 @@ demo: $(DEMO)/.prepared  ## the whole pipeline on a small model and real text, o
 
 test: $(DEV_READY)  ## all tests; those marked gpu skip themselves without a GPU
 	@$(PY) -m pytest -q
+
+fuzz: $(DEV_READY)  ## 100,000 damaged and lying artifacts: each loads or fails by name (FUZZ_CASES, FUZZ_SEED)
+	@PYTHONPATH=. $(PY) tests/fuzz_artifact.py $(FUZZ_CASES) $(FUZZ_SEED)
 
 lint: $(DEV_READY)  ## ruff over the whole folder
 	@$(PY) -m ruff check .

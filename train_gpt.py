@@ -362,7 +362,7 @@ def config_rules(c: Config) -> list[tuple[bool, str]]:
         (c.model_dim % c.num_heads != 0, "MODEL_DIM must be divisible by NUM_HEADS"),
         (c.num_heads % c.num_kv_heads != 0, "NUM_HEADS must be divisible by NUM_KV_HEADS"),
         (c.rope_dims % 2 == 1 or c.rope_dims > c.head_dim, f"ROPE_DIMS must be even and at most {c.head_dim}"),
-        (c.num_loops < 0, "NUM_LOOPS must be 0 or more"),
+        (not 0 <= c.num_loops <= 100, "NUM_LOOPS must lie in 0..100"),
         (c.num_loops > 0 and not 0 <= c.loop_start <= c.loop_end < c.num_layers,
          f"LOOP_START..LOOP_END must lie in 0..{c.num_layers - 1}"),
         (in_lanes, "a looped layer in the two-lane part loses a branch: set LOOP_END below PARALLEL_START_LAYER"),
@@ -3332,11 +3332,12 @@ def _zstd(data: bytes) -> bytes:
 def _unzstd(data: bytes, size: int) -> bytes:
     import zstandard
 
-    return zstandard.ZstdDecompressor().stream_reader(io.BytesIO(data)).read(size + 1)
+    decoder = zstandard.ZstdDecompressor(max_window_size=PIECE)
+    return decoder.stream_reader(io.BytesIO(data)).read(size + 1)
 
 
 def _unlzma(data: bytes, size: int) -> bytes:
-    return lzma.LZMADecompressor(memlimit=1 << 28).decompress(data, size + 1)
+    return lzma.LZMADecompressor(memlimit=1 << 27).decompress(data, size + 1)
 
 
 COMPRESSORS: dict[str, tuple[Callable[[bytes], bytes], Callable[[bytes, int], bytes]]] = {
@@ -4087,7 +4088,7 @@ def model_from_artifact(cfg: Config, run: Run, blob: bytes) -> GPT:
             raise ArtifactError(f"it has a vocabulary of {mine.vocab_size}: set VOCAB_SIZE and a tokenizer to match")
         model = new_model(mine, run)
         model.load_state_dict(state)
-    except (ArtifactError, RuntimeError, TypeError, ValueError) as e:
+    except (ArtifactError, ArithmeticError, RuntimeError, TypeError, ValueError) as e:
         raise Stop(f"cannot use this artifact: {e}", 2) from None
     model.looped = looped
     return model

@@ -107,7 +107,7 @@ def leaks(tokens: np.ndarray, rescore: Callable[[np.ndarray], list[tuple[int, fl
         other[later] = 8 + (other[later] - 8 + 1 + later % 50) % 119  # another ordinary token
         after = rescore(other)
         pairs = zip(before[:at], after[:at], strict=True)
-        faults += [f"the score of {old[0]} changed with what is scored from {at} on" for old, new in pairs if old != new]
+        faults += [f"the score of {old[0]} changed with those from {at} on" for old, new in pairs if old != new]
         assert [x for _, x in before[at:]] != [x for _, x in after[at:]] or not len(later), "the change has no effect"
     return faults
 
