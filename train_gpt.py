@@ -3409,7 +3409,7 @@ def read_header(blob: bytes) -> tuple[dict[str, Any], bytes]:
     size = 4 + int.from_bytes(body[:4], "little")
     try:
         inflate = zlib.decompressobj()
-        header = json.loads(inflate.decompress(body[4:size], HEADER_LIMIT))
+        header = json.loads(inflate.decompress(body[4:size], HEADER_LIMIT).decode())
         right = inflate.eof and header["compressor"] in list(COMPRESSORS) and isinstance(header["looped"], bool)
         right = right and isinstance(header["config"], dict) and isinstance(header["tensors"], list)
         right = right and all(isinstance(n, int) and n >= 0 for n in header["pieces"])
