@@ -58,6 +58,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -448,7 +449,9 @@ class Run:
     started: float = field(default_factory=time.monotonic)
     stop_signal: int = 0
     training: bool = False  # only the training loop can put a signal off until its checkpoint is written
+    stage_name: str = ""  # what is under way, for messages
     _progress_at: float = 0.0
+    _complained: bool = False
 
     @property
     def main(self) -> bool:
@@ -458,15 +461,23 @@ class Run:
         if self.main and console:
             print(text, flush=True)
         if self.main and self.folder:
-            with open(self.folder / "log.txt", "a") as f:
-                f.write(text + "\n")
+            self._append("log.txt", text)
+
+    def _append(self, name: str, line: str) -> None:
+        """A full disk costs lines, not the run."""
+        try:
+            with open(self.folder / name, "a") as f:
+                f.write(line + "\n")
+        except OSError as e:
+            if not self._complained:
+                print(f"WARNING: {self.folder / name} cannot be written: {e.strerror}", flush=True)
+            self._complained = True
 
     def metric(self, kind: str, **values: Any) -> None:
         """Appends one line to metrics.jsonl."""
         if self.main and self.folder:
             row = {"kind": kind, "t": round(time.monotonic() - self.started, 3), **values}
-            with open(self.folder / "metrics.jsonl", "a") as f:
-                f.write(json.dumps(row) + "\n")
+            self._append("metrics.jsonl", json.dumps(row))
 
     def progress(self, what: str, done: float, total: float, since: float, every: float = 2) -> None:
         """At most one line in `every` seconds, with the time that is left at the speed since `since`."""
@@ -519,6 +530,7 @@ class Run:
     def stage(self, name: str) -> Iterator[dict[str, float]]:
         """Times a stage on all ranks; the yielded dict holds its seconds afterwards."""
         clock: dict[str, float] = {}
+        self.stage_name = name
         self.barrier()
         began = time.monotonic()
         yield clock
@@ -528,16 +540,29 @@ class Run:
         self.metric("stage", name=name, seconds=round(clock["seconds"], 3))
         self.log(f"stage {name}: {clock['seconds']:.1f}s")
 
+    def alone(self, work: Callable[[], Any]) -> Any:
+        """What `work` returns on rank 0, everywhere. Raises Stop on every rank if a file cannot be written."""
+        value, problem = None, ""
+        if self.main:
+            try:
+                value = work()
+            except OSError as e:
+                problem = f"cannot write to {self.folder}: {e.strerror}; what was finished before is kept there"
+        value, problem = self.same((value, problem))
+        if problem:
+            raise Stop(problem)
+        return value
+
     def save(self, name: str, write: Callable[[Any], None]) -> None:
         """Rank 0 writes a file of the run folder, whole or not at all."""
-        if self.main:
-            write_atomically(self.folder / name, write)
-        self.barrier()
+        self.alone(lambda: write_atomically(self.folder / name, write))
 
 
 def write_atomically(path: Path, write: Callable[[Any], None]) -> None:
-    """`write(file)` into a temporary file beside `path`, then fsync and rename."""
+    """`write(file)` into a temporary file beside `path`, then fsync and rename. One process writes to a folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    for left in path.parent.glob(f".{path.name}.*"):  # by a process that was killed
+        left.unlink(missing_ok=True)
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with open(scratch, "wb") as f:
@@ -681,6 +706,40 @@ def data_problems(cfg: Config, needs_training_data: bool) -> Iterator[str]:
         need = f"a step of {cfg.step_tokens} tokens"
         yield f"no training shard holds {need}: make larger ones or lower TRAIN_BATCH_TOKENS"
     yield from tokenizer_problems(cfg)
+    yield from manifest_problems(cfg)
+
+
+def file_sha256(path: Path) -> str:
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def manifest_problems(cfg: Config) -> Iterator[str]:
+    """Where the files are not those that the manifest.json beside them names, if there is one of our preparation."""
+    path = cfg.shard_dir / "manifest.json"
+    try:
+        manifest = json.loads(path.read_text()) if path.is_file() and cfg.caseops_enabled else {}
+        rows = {row["name"]: row for row in manifest.get("files", [])}
+        tokenizer = manifest["tokenizer"]["sha256"] if rows else ""
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+        yield f"{path} cannot be read ({type(e).__name__}): prepare the shards again, or remove it"
+        return
+    here = {p.name: p for p in val_files(cfg) + sidecar_files(cfg) + train_files(cfg)}
+    for name in sorted(n for n in rows.keys() - here.keys() if "_val_" in n):
+        yield f"{path} names {name}, which is not there: copy it again"
+    for name, p in here.items() if rows else ():
+        if name not in rows:
+            yield f"{path} does not name {p}: it is of another data set"
+        # reading all training text would take longer than a step of training
+        elif p.stat().st_size != rows[name]["bytes"] or ("_val_" in name and file_sha256(p) != rows[name]["sha256"]):
+            yield f"{p} is not the file that {path.name} names (size or sha256): copy it again"
+    if tokenizer and cfg.tokenizer_file.is_file() and file_sha256(cfg.tokenizer_file) != tokenizer:
+        yield f"{cfg.tokenizer_file} is not the tokenizer of the shards in {cfg.shard_dir}: set TOKENIZER_PATH"
+
+
+def tokenizer_fingerprint(cfg: Config) -> str:
+    """The first half of the model's sha256; empty where there is none."""
+    return file_sha256(cfg.tokenizer_file)[:32] if cfg.tokenizer_file.is_file() else ""
 
 
 def tokenizer_problems(cfg: Config) -> Iterator[str]:
@@ -1627,6 +1686,11 @@ def _shards(cfg: Config, pattern: str) -> list[Path]:
 
 def train_files(cfg: Config) -> list[Path]:
     return _shards(cfg, "fineweb_train_*.bin")
+
+
+def train_fingerprint(cfg: Config) -> list[tuple[str, int]]:
+    """What decides which text a step reads: name and bytes of every training shard."""
+    return [(p.name, p.stat().st_size) for p in train_files(cfg)]
 
 
 def val_files(cfg: Config) -> list[Path]:
@@ -2869,9 +2933,11 @@ def describe_plan(plan: Sequence[Visit]) -> str:
 
 
 def require_finite_weights(model: GPT, step: int, run: Run) -> None:
-    """Before weights are saved: a finite loss says nothing of the update that followed it."""
-    if not torch.stack([p.isfinite().all() for p in model.parameters()]).all():
-        stop_at_nan("a weight is not finite", step, run)
+    """Before weights are saved: a finite loss says nothing of the update that followed it. A collective."""
+    finite = torch.stack([p.isfinite().all() for p in model.parameters()]).all()
+    if bad := [rank for rank, good in enumerate(run.gather(bool(finite))) if not good]:
+        where = f" (on rank {', '.join(map(str, bad))})" if len(bad) < run.world else ""
+        stop_at_nan(f"a weight is not finite{where}", step, run)
 
 
 def save_checkpoint(run: Run, model: GPT, optimizer: Optimizer, average: WeightAverage, progress: Progress) -> None:
@@ -2880,6 +2946,7 @@ def save_checkpoint(run: Run, model: GPT, optimizer: Optimizer, average: WeightA
     state = {
         "fingerprint": shape_fingerprint(model.cfg), "progress": asdict(progress), "model": model.state_dict(),
         "average": average.state_dict(), "average_steps": average.steps, "optimizer": optimizer.state_dict(),
+        "shards": train_fingerprint(model.cfg), "job": os.environ.get("TORCHELASTIC_RUN_ID", ""),
     }  # fmt: skip
     run.save("checkpoint.pt", lambda f: torch.save(state, f))
 
@@ -2887,6 +2954,8 @@ def save_checkpoint(run: Run, model: GPT, optimizer: Optimizer, average: WeightA
 def load_checkpoint(cfg: Config, run: Run, model: GPT, optimizer: Optimizer, average: WeightAverage) -> Progress:
     path = run.folder / "checkpoint.pt"
     state = load_stage_file(cfg, run, path.name, "RESUME=1")
+    if state["shards"] != train_fingerprint(cfg):
+        raise Stop(f"{path} was trained on other shards than those in {cfg.shard_dir}: set DATA_PATH", 2)
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
     average.load(state["average"], state["average_steps"])
@@ -3388,6 +3457,7 @@ def pack(coded: Mapping[str, Coded], looped: bool, cfg: Config) -> bytes:
     header = {
         "compressor": cfg.compressor,
         "looped": looped,
+        "tokenizer": tokenizer_fingerprint(cfg),
         "config": {k: getattr(cfg, k) for k in MODEL_FIELDS if getattr(cfg, k) != getattr(defaults, k)},
         "tensors": [
             [n, c.kind, c.bits, list((c.codes if c.values is None else c.values).shape)] for n, c in coded.items()
@@ -3842,6 +3912,8 @@ def adapt_and_score(model: GPT, val: ValidationSet, cfg: Config, run: Run) -> tu
     total.expect(sum(d.n_targets for d in scored), sum(scorer.bytes_of(d) for d in scored))
     if cfg.val_doc_fraction == 1 and not cfg.ttt_eval_batches:
         total.expect(val.n_targets, val.n_bytes)
+    if not math.isfinite(total.loss):
+        raise Stop(f"the loss is {total.loss} after test-time training: lower TTT_LORA_LR or GLOBAL_TTT_LR")
     return total, time.monotonic() - began
 
 
@@ -3940,7 +4012,7 @@ STAGES = ("train", "calibrate", "quantize", "pack", "evaluate", "ttt")
 
 def shape_fingerprint(cfg: Config) -> dict[str, Any]:
     """The settings that decide every tensor's shape and meaning."""
-    return {k: getattr(cfg, k) for k in MODEL_FIELDS}
+    return {k: getattr(cfg, k) for k in MODEL_FIELDS} | {"tokenizer": tokenizer_fingerprint(cfg)}
 
 
 def load_stage_file(cfg: Config, run: Run, name: str, asked: str) -> dict[str, Any]:
@@ -4052,12 +4124,9 @@ def quantize_stage(
 def pack_stage(cfg: Config, run: Run, coded: Mapping[str, Coded], result: dict[str, Any]) -> bytes:
     """Writes the artifact and the submission; a size over the limit is reported now and fails the run at its end."""
     with run.stage("pack") as clock:
-        artifact, sizes = b"", {}
-        if run.main:
-            artifact = pack(coded, result["looped"], cfg)
-            write_atomically(run.folder / ARTIFACT_NAME, lambda f: f.write(artifact))
-            sizes = build_submission(run.folder / "submission", artifact)
-        artifact, sizes = run.same((artifact, sizes))
+        artifact = run.alone(lambda: pack(coded, result["looped"], cfg))
+        run.save(ARTIFACT_NAME, lambda f: f.write(artifact))
+        sizes = run.alone(lambda: build_submission(run.folder / "submission", artifact))
     result.update(pack_seconds=clock["seconds"], artifact_bytes=sizes["artifact"], code_bytes=sizes["code"],
                   total_bytes=sizes["total"])  # fmt: skip
     run.log(f"Code size (uncompressed): {sizes['source']} bytes")
@@ -4076,6 +4145,8 @@ def model_from_artifact(cfg: Config, run: Run, blob: bytes) -> GPT:
     """The scoring half starts here: nothing but the artifact says what the model is."""
     try:
         state, looped, settings = unpack(blob)
+        if read_header(blob)[0].get("tokenizer", "") not in ("", tokenizer_fingerprint(cfg)):
+            raise ArtifactError(f"its tokens are those of another tokenizer than {cfg.tokenizer_file}")
         if set(settings) - set(MODEL_FIELDS):
             raise ArtifactError("its settings are not those of a model")
         shape = {k: getattr(Config(), k) for k in MODEL_FIELDS} | settings
@@ -4178,10 +4249,10 @@ def describe_run(cfg: Config, run: Run, val: ValidationSet) -> None:
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
                      "triton": getattr(triton, "__version__", None)},
         "device": gpu, "world": run.world, "dtype": str(run.dtype), "commit": git_commit(), "data": val.fingerprint(),
+        "tokenizer": tokenizer_fingerprint(cfg),
         "started": time.strftime("%Y-%m-%dT%H:%M:%S"),
     }  # fmt: skip
-    if run.main:
-        write_atomically(run.folder / "run.json", lambda f: f.write(json.dumps(info, indent=1).encode()))
+    run.save("run.json", lambda f: f.write(json.dumps(info, indent=1).encode()))
     run.log("=" * 100, console=False)
     continues = cfg.from_stage or cfg.resume
     run.log("(source: as above)" if continues else Path(__file__).read_text(), console=False)
@@ -4198,16 +4269,14 @@ def describe_run(cfg: Config, run: Run, val: ValidationSet) -> None:
     run.log(f"train_shards: {len(train_files(cfg))}")
     run.log(f"val_tokens: {val.n_targets}")
     run.log(f"val data: sha256 {data['val_sha256'][:16]} documents {data['val_documents']} bytes {data['val_bytes']} "
-            f"bytes/token {data['bytes_per_token']}")  # fmt: skip
+            f"bytes/token {data['bytes_per_token']} tokenizer {info['tokenizer'][:16]}")  # fmt: skip
 
 
 def report(cfg: Config, run: Run, result: dict[str, Any]) -> bool:
     """The result block, the last lines of the log; says whether the run keeps all budgets."""
     run.metric("result", **result)
-    if run.main:
-        path = run.folder / "run.json"
-        info = {**json.loads(path.read_text()), "result": result}
-        write_atomically(path, lambda f: f.write(json.dumps(info, indent=1).encode()))
+    info = run.alone(lambda: json.loads((run.folder / "run.json").read_text()))
+    run.save("run.json", lambda f: f.write(json.dumps(info | {"result": result}, indent=1).encode()))
     names = dict(
         bpb_float="float (EMA)", bpb_quantized="quantized", bpb_ttt="after TTT", bpb_ttt_partial="TTT, partial"
     )
@@ -4252,6 +4321,37 @@ def print_sizes(folder: str | None) -> None:
         print(f"{'headroom':<40}{ARTIFACT_LIMIT - len(whole) - artifact.stat().st_size:>12}")
 
 
+MEMORY_KNOBS = {  # of each stage, by the first word of its name
+    "train": "TRAIN_BATCH_TOKENS, or VAL_BATCH_TOKENS if it was validating", "calibrate": "TRAIN_BATCH_TOKENS",
+    "evaluate": "VAL_BATCH_TOKENS", "ttt": "TTT_BATCH_SIZE, or GLOBAL_TTT_BATCH_SEQS if the base was learning",
+}  # fmt: skip
+
+
+def died(run: Run, sentence: str) -> int:
+    """The end of a rank that the others wait for: says so where they look, and ends without waiting for them."""
+    try:
+        earlier = run.store.get("died") if run.store.check(["died"]) else b""
+        run.store.set("died", f"rank {run.rank}: {sentence}")
+    except RuntimeError:  # the store died with its rank
+        earlier = b"rank 0 (it no longer answers)"
+    cause = f"; the first to fail was {earlier.decode()}" if earlier else ""
+    print(f"rank {run.rank}: {sentence}{cause}", file=sys.stderr, flush=True)
+    if run.world > 1:
+        os._exit(1)  # leaving the process group would wait for the others
+    return 1
+
+
+def after_restart(cfg: Config, run: Run) -> Config:
+    """Under `torchrun --max-restarts`: from the second attempt on, RESUME=1 if this very job left a checkpoint."""
+    attempt, job = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)), os.environ.get("TORCHELASTIC_RUN_ID", "")
+    path = run.folder / "checkpoint.pt"  # without RUN_DIR every attempt has a folder of its own
+    if attempt == 0 or cfg.from_stage:
+        return cfg
+    mine = run.alone(lambda: path.is_file() and torch.load(path, "cpu", mmap=True, weights_only=True)["job"] == job)
+    run.log(f"attempt {attempt + 1} of this job: " + ("from its checkpoint" if mine else "from the start"))
+    return replace(cfg, resume=cfg.resume or bool(mine))
+
+
 def main() -> int:
     """Exit code 0: scored within the budgets; 1: failed; 2: bad settings or input; 3: scored, but over a budget."""
     if "--help" in sys.argv or "-h" in sys.argv:
@@ -4268,9 +4368,15 @@ def main() -> int:
         if first:
             print("these settings cannot work:", *str(e).splitlines(), sep="\n  - ", file=sys.stderr)
         return 2
+    return play(cfg, first)
+
+
+def play(cfg: Config, first: bool) -> int:
+    """One run from its process group to its exit code."""
     run = None
     try:
         run = start_run(cfg)
+        cfg = after_restart(cfg, run)
         result = pipeline(cfg, run)
         return 0 if report(cfg, run, result) else 3
     except Stop as stop:
@@ -4279,6 +4385,14 @@ def main() -> int:
         elif first:
             print(stop.sentence, file=sys.stderr)
         return stop.code
+    except torch.OutOfMemoryError as e:
+        knob = MEMORY_KNOBS.get(run.stage_name.split(" ")[0], "what else runs on this GPU")
+        return died(run, f"out of memory in stage {run.stage_name}: lower {knob} ({str(e).split('. ')[0]})")
+    except Exception as e:
+        if run is None or run.world == 1:
+            raise
+        traceback.print_exc()
+        return died(run, f"{type(e).__name__} in {run.stage_name or 'preparation'}: {str(e)[:200]}")
     except Interrupted as stop:
         name = signal.Signals(stop.args[0]).name
         run.log(f"stopped by {name}: the finished stages are in {run.folder}, FROM_STAGE goes on from them")

@@ -92,7 +92,7 @@ def lie(rng: random.Random, header: dict[str, Any]) -> dict[str, Any]:
     header = copy.deepcopy(header)
     for _ in range(rng.choice((1, 1, 2, 4))):
         if rng.random() < 0.2 and isinstance(header.get("config"), dict):
-            header["config"][rng.choice(train_gpt.MODEL_FIELDS)] = rng.choice(VALUES)
+            header["config"][rng.choice(train_gpt.MODEL_FIELDS)] = copy.deepcopy(rng.choice(VALUES))
             continue
         key = rng.choice(list(header) or ["config"])
         inside = [p for p in places(header) if p[0] == key]
@@ -113,7 +113,7 @@ def lie(rng: random.Random, header: dict[str, Any]) -> dict[str, Any]:
 def value_near(rng: random.Random, old: Any) -> Any:
     if isinstance(old, int | float) and rng.random() < 0.6:
         return rng.choice((old + 1, old - 1, -old, old * 2, old * 1000, old * 0.5 if abs(old) < 1e300 else 0, str(old)))
-    return rng.choice(VALUES)
+    return copy.deepcopy(rng.choice(VALUES))
 
 
 def mutated(rng: random.Random, artifacts: list[bytes]) -> bytes:
