@@ -25,8 +25,10 @@ DEMO_DATASET := $(DEMO)/datasets/fineweb10B_sp8192_lossless_caps_caseops_v1_rese
 DEMO_VAL_DOCS ?= 24
 FUZZ_CASES ?= 100000
 FUZZ_SEED ?= 0
+STRESS_RUNS ?= 50
+STRESS_SEED ?= 0
 
-.PHONY: help setup demo test fuzz lint size bench readme clean
+.PHONY: help setup demo test fuzz stress lint size bench readme clean
 
 help:  ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-6s %s\n", $$1, $$2}' Makefile
@@ -43,6 +45,9 @@ test: $(DEV_READY)  ## all tests; those marked gpu skip themselves without a GPU
 
 fuzz: $(DEV_READY)  ## 100,000 damaged and lying artifacts: each loads or fails by name (FUZZ_CASES, FUZZ_SEED)
 	@PYTHONPATH=. $(PY) tests/fuzz_artifact.py $(FUZZ_CASES) $(FUZZ_SEED)
+
+stress: $(DEV_READY)  ## 50 runs killed at random moments: each ends in the number of an undisturbed one (STRESS_RUNS, STRESS_SEED)
+	@PYTHONPATH=. OMP_NUM_THREADS=1 $(PY) tests/stress_kill.py $(STRESS_RUNS) $(STRESS_SEED)
 
 lint: $(DEV_READY)  ## ruff over the whole folder
 	@$(PY) -m ruff check .

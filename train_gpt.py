@@ -578,6 +578,8 @@ def start_run(cfg: Config) -> Run:
     """Joins the process group (there always is one), picks device and dtype, opens the run folder."""
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         store, rank, world = next(dist.rendezvous("env://"))
+        # torchrun's own store outlives a restart: addresses and counters of the last attempt are still in it.
+        store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     else:
         store, rank, world = dist.HashStore(), 0, 1
     cuda = cfg.device == "cuda" or (cfg.device == "auto" and torch.cuda.is_available())
@@ -3497,7 +3499,7 @@ def _tensor_layout(header: dict[str, Any]) -> list[tuple[str, str, int, list[int
         try:
             name, kind, bits, shape = entry
             valid = isinstance(name, str) and kind in ("gptq", "rows", "float16") and isinstance(bits, int)
-            valid = valid and 0 < len(shape) <= 4 and all(isinstance(n, int) and 0 < n < 1 << 24 for n in shape)
+            valid = valid and 0 < len(shape) <= 4 and all(type(n) is int and 0 < n < 1 << 24 for n in shape)
         except (TypeError, ValueError):
             valid = False
         if not valid or (kind != "float16" and len(shape) != 2):
