@@ -69,6 +69,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.distributed as dist
+
+# Its functions take the process group of the moment of their import as a default and so keep it: imported later, by the
+# optimizer, that is a group whose threads outlive the interpreter, which aborted every fourth run of two processes.
+import torch.distributed.nn.functional
 import torch.nn.functional as F
 from torch import Tensor, nn
 

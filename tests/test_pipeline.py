@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from pipeline_tools import KNOBS, TINY, UNMINIFIED, Finished, Launch, make_shards, run, tiny, together
-from support import LoneRun, write_shard
+from support import ROOT, LoneRun, write_shard
 from torch import Tensor
 
 import train_gpt
@@ -648,3 +648,25 @@ def test_these_tests_use_every_part_of_the_model() -> None:
     assert cfg.num_loops and cfg.parallel_start_layer and cfg.gated_attn_enabled and cfg.smear_gate_enabled
     assert cfg.skip_gates_enabled and cfg.ttt_k_lora and cfg.ttt_mlp_lora and cfg.ttt_o_lora
     assert cfg.phased_ttt_num_phases > 1
+
+
+# A group that outlives its destruction leaves threads behind that abort the interpreter now and then while it ends.
+GROUP_IS_GONE = """
+import sys, weakref, train_gpt, torch.distributed as dist
+train_gpt.minify, destroy = (lambda source: source), dist.destroy_process_group
+def watched():
+    group = weakref.ref(dist.group.WORLD)
+    destroy()
+    sys.exit(0 if group() is None else 99)
+dist.destroy_process_group = watched
+train_gpt.main()
+"""
+
+
+def test_nothing_keeps_the_process_group(place: Place) -> None:
+    """In new interpreters: the forks of other tests have imported everything beforehand."""
+    script = place.root / "watched.py"
+    script.write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{GROUP_IS_GONE}")
+    knobs = dict(ITERATIONS=1, VAL_LOSS_EVERY=0, TTT_ENABLED=0)
+    how = dict(script=script, fresh=True, world=2)
+    assert run(place.root / "group", place.data, how, **knobs).codes == [0, 0]
