@@ -4350,9 +4350,9 @@ def died(run: Run, sentence: str) -> int:
 def after_restart(cfg: Config, run: Run) -> Config:
     """Under `torchrun --max-restarts`: from the second attempt on, RESUME=1 if this very job left a checkpoint."""
     attempt, job = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)), os.environ.get("TORCHELASTIC_RUN_ID", "")
-    path = run.folder / "checkpoint.pt"  # without RUN_DIR every attempt has a folder of its own
     if attempt == 0 or cfg.from_stage:
         return cfg
+    path = run.folder / "checkpoint.pt"  # without RUN_DIR every attempt has a folder of its own
     mine = run.alone(lambda: path.is_file() and torch.load(path, "cpu", mmap=True, weights_only=True)["job"] == job)
     run.log(f"attempt {attempt + 1} of this job: " + ("from its checkpoint" if mine else "from the start"))
     return replace(cfg, resume=cfg.resume or bool(mine))

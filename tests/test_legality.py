@@ -101,7 +101,7 @@ def leaks(tokens: np.ndarray, rescore: Callable[[np.ndarray], list[tuple[int, fl
     Document starts stay: they are what orders the documents.
     """
     before, faults = rescore(tokens), []
-    for at in range(1, len(before), max(1, len(before) // 7)):
+    for at in range(1, len(before), max(1, len(before) // 5)):
         later = np.array([p for p, _ in before[at:] if tokens[p] != BOS])
         other = tokens.copy()
         other[later] = 8 + (other[later] - 8 + 1 + later % 50) % 119  # another ordinary token
