@@ -111,6 +111,8 @@ class Config:
     save_pre_gptq: bool = False          # also write pre_gptq.pt: the averaged float weights as a plain state dict
     eval_only_checkpoint: str = ""       # state dict to quantize, pack and score instead of training
     eval_only_artifact: str = ""         # artifact to score; needs no training data
+    deterministic: bool = False          # same bits for same seed, machine and ranks; TTT for any number of ranks
+    audit: bool = False                  # check the rules on samples while scoring and write audit.json
     device: str = "auto"                 # auto, cuda or cpu
     compute_dtype: str = "auto"          # activations: bfloat16 or float32; auto: bfloat16 on a GPU, float32 on a CPU
     kernels: str = "auto"                # auto: the fastest that runs here; spec: plain PyTorch everywhere
@@ -387,6 +389,10 @@ def config_rules(c: Config) -> list[tuple[bool, str]]:
         (bool(c.from_stage or c.resume) and not (c.run_dir or c.artifact_dir), "FROM_STAGE and RESUME need RUN_DIR"),
         (bool(c.eval_only_checkpoint) + bool(c.eval_only_artifact) + bool(c.from_stage) + c.resume > 1,
          "choose one of EVAL_ONLY_CHECKPOINT, EVAL_ONLY_ARTIFACT, FROM_STAGE and RESUME"),
+        (c.deterministic and c.max_wallclock_seconds > 0 and not (c.from_stage or c.eval_only_artifact
+         or c.eval_only_checkpoint), "DETERMINISTIC=1 needs steps instead of a clock: set MAX_WALLCLOCK_SECONDS=0"),
+        (c.deterministic and c.attention in ("fa3", "fa4"),
+         f"ATTENTION={c.attention} sums gradients in any order: DETERMINISTIC=1 needs auto, varlen or sdpa"),
         (any(not b.strip().isdigit() for b in c.ttt_eval_batches.split(",")) and c.ttt_eval_batches != "",
          f"TTT_EVAL_BATCHES={c.ttt_eval_batches!r}: give batch numbers like 5,250,500"),
     ]  # fmt: skip
@@ -504,6 +510,13 @@ class Run:
             dist.all_reduce(x)
         return x
 
+    def add_in_order(self, total: Tensor, x: Tensor) -> None:
+        """Adds every rank's `x` to `total`, one after another: the same bits on any number of ranks."""
+        every = [torch.empty_like(x) for _ in range(self.world)]
+        dist.all_gather(every, x) if self.world > 1 else every[0].copy_(x)
+        for part in every:
+            total += part
+
     def gather(self, value: Any) -> list[Any]:
         """One small Python object per rank, in rank order, on every rank."""
         box: list[Any] = [None] * self.world
@@ -605,6 +618,10 @@ def start_run(cfg: Config) -> Run:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda n, _: on_signal(run, n))
     seed_everything(cfg.seed)
+    if cfg.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS is first used
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # nothing reads it
     run_id = cfg.run_id or time.strftime("%Y%m%d-%H%M%S") + f"-seed{cfg.seed}"
     run.folder = Path(run.same(str(cfg.run_dir or cfg.artifact_dir or f"runs/{run_id}")))
     open_folder(run)
@@ -2051,6 +2068,14 @@ class Cache:
         for past in self.pasts:
             past.keep_rows(rows)
 
+    def of_row(self, row: int) -> Cache:
+        """The past of one row alone."""
+        alone = Cache(len(self.pasts))
+        alone.seen = self.seen
+        for mine, past in zip(alone.pasts, self.pasts, strict=True):
+            mine.kept = past.kept and tuple(t[row : row + 1] for t in past.kept)
+        return alone
+
 
 class Context(NamedTuple):
     """What the visits of one forward pass share, and the past of this one."""
@@ -2349,9 +2374,9 @@ def choose_kernels(cfg: Config, device: torch.device) -> Kernels:
     major, _ = torch.cuda.get_device_capability(device)
     kind, why = cfg.attention, "asked for"
     if kind == "auto":
-        kind, why = "varlen", "no FlashAttention-3 or -4 found"
+        kind, why = "varlen", "deterministic" if cfg.deterministic else "no FlashAttention-3 or -4 found"
         for name, module in (("fa3", "flash_attn_interface"), ("fa4", "flash_attn.cute.interface")):
-            if major >= 9 and importable(module):
+            if major >= 9 and not cfg.deterministic and importable(module):
                 kind, why = name, f"{module} found"
                 break
     if triton is None:
@@ -3752,6 +3777,7 @@ class TestTimeScorer:
         self.cached = cfg.ttt_context == "cached"
         self.window_step = min(64, cfg.ttt_eval_seq_len) if model.kernels.fused and not self.cached else 1
         self.byte_sums = np.concatenate([[0], np.cumsum(val.token_bytes)])
+        self.audit: Audit | None = None
 
     def bytes_of(self, doc: Document) -> int:
         """Original bytes of a document's targets."""
@@ -3768,10 +3794,11 @@ class TestTimeScorer:
         rows = list(range(len(docs)))
         for i in range(max(map(len, plans))):
             rows = self.drop_finished(rows, [len(p) > i for p in plans], adapters, optimizer, cache)
-            chunk = self.gather(
-                [(docs[r], plans[r][i] if i < len(plans[r]) else None, i + 1 < len(plans[r])) for r in rows]
-            )
+            parts = [(docs[r], plans[r][i] if i < len(plans[r]) else None, i + 1 < len(plans[r])) for r in rows]
+            chunk = self.gather(parts)
             losses = self.score_chunk(chunk, adapters, cache)
+            if self.audit:
+                self.audit.see(parts, chunk, losses, adapters, cache)
             meter.add(losses * chunk.scored, chunk.n_tokens, chunk.n_bytes)
             self.learn_chunk(chunk, losses, adapters, optimizer, cache)
             if cache:
@@ -3832,6 +3859,112 @@ class TestTimeScorer:
         return Chunk(inputs, targets, at, scored, upload(more, device), any(more), n_tokens, n_bytes)
 
 
+class Audit:
+    """AUDIT=1: the rules of a legal score, checked on samples of the evaluation that makes the score.
+
+    Exactly once: every target is marked as it is scored. Normalization: at sampled places scoring is asked for the loss
+    of every token of the vocabulary; exp(-loss) must sum to 1 and hold the loss that was scored. Causality: a sampled
+    batch is scored again with other text from some position of half of its documents on; what was scored before and
+    beside them must not change. Every 16th batch of a rank is sampled, its first one included. On a GPU kernels may add in any
+    order: exact is only DETERMINISTIC=1.
+    """
+
+    def __init__(self, scorer: TestTimeScorer):
+        self.scorer, self.run, self.rng = scorer, scorer.run, random.Random(scorer.cfg.seed)
+        self.times = np.zeros(len(scorer.val.tokens), np.uint8)  # that each position was scored
+        self.losses: dict[int, float] | None = None  # of the batch at hand, if it is a sample
+        self.asks = True
+        self.n_batches, self.seconds = 0, 0.0
+        self.sums: list[dict[str, float]] = []
+        self.causality: list[dict[str, float]] = []
+
+    def run_batch(self, docs: Sequence[Document]) -> Meter:
+        sampled = self.n_batches % 16 == 0
+        self.n_batches, self.losses = self.n_batches + 1, {} if sampled else None
+        meter = self.scorer.run_batch(docs)
+        if sampled:
+            began = time.monotonic()
+            self.score_again(docs, self.losses)
+            self.seconds += time.monotonic() - began
+        return meter
+
+    def see(self, parts: Sequence[Any], chunk: Chunk, losses: Tensor, adapters: Adapters, cache: Cache | None) -> None:
+        """A chunk that was scored, before anything learns from it."""
+        firsts = [(d.start + w.start + w.offset + 1, w.count) if w else (0, 0) for d, w, _ in parts]
+        for first, n in firsts:
+            self.times[first : first + n] += 1
+        if self.losses is None:
+            return
+        if self.asks and self.rng.random() < 4 / (4 + len(self.sums)):
+            row = self.rng.choice([i for i, (_, n) in enumerate(firsts) if n])
+            self.ask_all(row, self.rng.randrange(firsts[row][1]), chunk, losses, adapters, cache)
+        for (first, n), values in zip(firsts, losses.tolist(), strict=True):
+            self.losses.update(zip(range(first, first + n), values, strict=False))
+
+    @torch.no_grad()
+    def ask_all(
+        self, row: int, place: int, chunk: Chunk, losses: Tensor, adapters: Adapters, cache: Cache | None
+    ) -> None:
+        """The loss of every token at one place, asked of the code that scores, in pieces of the vocabulary."""
+        began, alone, past = time.monotonic(), copy.copy(adapters), cache and cache.of_row(row)
+        alone.tensors = {name: t[:, row : row + 1] for name, t in adapters.tensors.items()}
+        nats = []
+        for tokens in torch.arange(self.scorer.cfg.vocab_size, device=self.run.device).split(512):
+            at = chunk.at[row : row + 1, place : place + 1].expand(1, len(tokens))
+            part = chunk._replace(inputs=chunk.inputs[row : row + 1], targets=tokens[None], at=at)
+            nats.append(self.scorer.score_chunk(part, alone, past)[0].double())
+        nats = torch.cat(nats)
+        asked, scored = nats[chunk.targets[row, place]].item(), losses[row, place].item()
+        self.sums.append({"sum": nats.neg().exp().sum().item(), "scored": scored, "asked": asked})
+        self.seconds += time.monotonic() - began
+
+    def score_again(self, docs: Sequence[Document], before: dict[int, float]) -> None:
+        """The batch with other tokens from a position of every second document on, to its end."""
+        other, ordinary = copy.copy(self.scorer), self.scorer.cfg.vocab_size - BOS - 1
+        other.tokens, other.audit = self.scorer.tokens.clone(), copy.copy(self)
+        other.audit.losses, other.audit.asks, other.audit.times = {}, False, self.times.copy()
+        changed: set[int] = set()
+        for d in self.rng.sample(docs, math.ceil(len(docs) / 2)):
+            # not the first of a chunk: the chunk's own targets before it are what learning too early would change
+            at, end = d.start + 1 + self.rng.randrange(d.n_targets), d.start + d.n_targets
+            at = min(at + ((at - d.start - 1) % self.scorer.cfg.ttt_chunk_size == 0), end)
+            shift = self.rng.randrange(1, ordinary)
+            other.tokens[at:end] = (other.tokens[at:end] - BOS - 1 + shift) % ordinary + BOS + 1
+            changed |= set(range(at, end + 1))
+        other.run_batch(docs)
+        moved = {p: abs(other.audit.losses[p] - nats) for p, nats in before.items()}
+        kept = [x for p, x in moved.items() if p not in changed]
+        self.causality.append({"kept": len(kept), "change": max(kept, default=0.0),
+                               "changed": sum(moved[p] > 0 for p in changed)})  # fmt: skip
+
+    def finish(self, scored: Sequence[Document], total: Meter) -> None:
+        """Writes audit.json. Raises Stop if anything was not as it must be."""
+        run, times = self.run, self.run.sum(torch.from_numpy(self.times))
+        want = torch.zeros_like(times)
+        for d in scored:
+            want[d.start + 1 : d.start + d.n_targets + 1] = 1
+        n_bytes = int(torch.from_numpy(self.scorer.val.token_bytes)[want > 0].sum())
+        sums, causality = (list(itertools.chain.from_iterable(run.gather(x))) for x in (self.sums, self.causality))
+        exact = self.scorer.cfg.deterministic or run.device.type == "cpu"
+        near = 1e-3 if run.dtype == torch.float32 else 0.25  # a row alone and in its batch are other matrix products
+        passed = {
+            "every target exactly once": bool((times == want).all()),
+            "bytes are those of the targets": total.bytes == n_bytes,
+            "samples were taken": bool(sums and causality),
+            "probabilities sum to 1": all(abs(x["sum"] - 1) < 1e-3 for x in sums),
+            "scores are of that distribution": all(abs(x["scored"] - x["asked"]) < near for x in sums),
+            "later text changes no score": all(x["change"] <= (0.0 if exact else 0.1) for x in causality),
+        }
+        report = {"passed": passed, "targets": total.tokens, "bytes": total.bytes, "exact": exact,
+                  "distributions": sums, "causality": causality}  # fmt: skip
+        run.save("audit.json", lambda f: f.write(json.dumps(report, indent=1).encode()))
+        failed = ", ".join(name for name, good in passed.items() if not good)
+        run.log(f"audit: {total.tokens} targets, {len(sums)} distributions, {len(causality)} batches scored again, "
+                f"{run.agree(self.seconds)[0]:.1f}s: {'FAILED' if failed else 'passed'}")  # fmt: skip
+        if failed:
+            raise Stop(f"no score, because the audit failed: {failed}; details in {run.folder / 'audit.json'}")
+
+
 class Phase(NamedTuple):
     """Batches of documents that are scored with the same base model."""
 
@@ -3869,9 +4002,10 @@ def sampled_documents(val: ValidationSet, cfg: Config) -> list[Document]:
 def run_phase(scorer: TestTimeScorer, number: int, phase: Phase, n_batches: int, so_far: Meter, began: float) -> Meter:
     """Scores a phase's batches, each claimed by one rank from a shared counter; returns the sum over the ranks."""
     run, mine, rows = scorer.run, Meter(), []
+    score = scorer.audit.run_batch if scorer.audit else scorer.run_batch
     while (claim := run.store.add(f"ttt/phase{number}", 1) - 1) < len(phase.batches):
         docs, start = phase.batches[claim], time.monotonic()
-        meter = scorer.run_batch(docs)
+        meter = score(docs)
         lengths = [d.n_targets for d in docs]
         row = dict(phase=number, batch=phase.numbers[claim], docs=len(docs), tokens=meter.tokens, bytes=meter.bytes,
                    nats=meter.nats.item(), min_len=min(lengths), max_len=max(lengths))  # fmt: skip
@@ -3884,9 +4018,11 @@ def run_phase(scorer: TestTimeScorer, number: int, phase: Phase, n_batches: int,
         run.log(f"ttp: b{row['batch']}/{n_batches} bl:{meter.loss:.4f} bb:{meter.bpb:.4f} rl:{running.loss:.4f} "
                 f"rb:{running.bpb:.4f} dl:{min(lengths)}-{max(lengths)} gd:{learned}")  # fmt: skip
         run.progress(f"ttt phase {number}", claim + 1, len(phase.batches), began)
+    total = Meter()  # in the order of batches, not of ranks: a sum depends on its order
     for row in sorted((r for share in run.gather(rows) for r in share), key=lambda r: -r["batch"]):
         run.metric("ttt", **row)
-    return mine.reduced(run)
+        total.add(torch.tensor(row["nats"], dtype=torch.float64), row["tokens"], row["bytes"])
+    return total
 
 
 def adapt_and_score(model: GPT, val: ValidationSet, cfg: Config, run: Run) -> tuple[Meter, float]:
@@ -3897,6 +4033,7 @@ def adapt_and_score(model: GPT, val: ValidationSet, cfg: Config, run: Run) -> tu
     """
     scorer = TestTimeScorer(model, val, cfg, run)
     warm_up_ttt(scorer)
+    scorer.audit = Audit(scorer) if cfg.audit else None
     documents = sampled_documents(val, cfg)
     phases = only_batches(plan_phases(documents, cfg), cfg)
     n_batches = max((n for p in phases for n in p.numbers), default=0)
@@ -3920,6 +4057,8 @@ def adapt_and_score(model: GPT, val: ValidationSet, cfg: Config, run: Run) -> tu
         total.expect(val.n_targets, val.n_bytes)
     if not math.isfinite(total.loss):
         raise Stop(f"the loss is {total.loss} after test-time training: lower TTT_LORA_LR or GLOBAL_TTT_LR")
+    if scorer.audit:
+        scorer.audit.finish(scored, total)
     return total, time.monotonic() - began
 
 
@@ -3966,6 +4105,7 @@ def adapt_base(model: GPT, val: ValidationSet, scored: Sequence[Document], cfg: 
     """SGD of all weights over the scored documents, each rank on its share of every chunk; a collective per step.
 
     The number of steps follows from the text alone, and a rank whose share is empty adds zero, so ranks never diverge.
+    DETERMINISTIC: always MICRO_STEPS shares, whose gradients are added in their order.
     """
     text = np.concatenate([*(val.tokens[d.start : d.start + d.n_targets] for d in scored), [BOS]]).astype(np.uint16)
     model.requires_grad_(True)
@@ -3973,22 +4113,29 @@ def adapt_base(model: GPT, val: ValidationSet, scored: Sequence[Document], cfg: 
     optimizer = torch.optim.SGD(params, lr=cfg.global_ttt_lr, momentum=cfg.global_ttt_momentum)
     seq, chunk_tokens = cfg.eval_seq_len, cfg.global_ttt_chunk_tokens
     n_chunks = math.ceil((len(text) - 1) / chunk_tokens)
-    share = min(math.ceil(chunk_tokens / seq / run.world), cfg.global_ttt_batch_seqs) * seq
+    n_shares = MICRO_STEPS if cfg.deterministic else run.world
+    share = min(math.ceil(chunk_tokens / seq / n_shares), cfg.global_ttt_batch_seqs) * seq
     began = time.monotonic()
     for chunk in range(n_chunks):
         end = min((chunk + 1) * chunk_tokens, len(text) - 1)
         lr = optimizer.param_groups[0]["lr"] = base_lr(cfg, chunk, n_chunks)
-        steps = [range(a, min(a + share * run.world, end)) for a in range(chunk * chunk_tokens, end, share * run.world)]
+        steps = [range(a, min(a + share * n_shares, end)) for a in range(chunk * chunk_tokens, end, share * n_shares)]
         for span in steps * cfg.global_ttt_epochs:
-            a = min(span.start + run.rank * share, span.stop)
-            loss = base_loss(model, text[a : min(a + share, span.stop) + 1], share, cfg, run) / len(span)
-            loss.backward()
-            for p in params:
-                run.sum(p.grad)
+            sums = [torch.zeros_like(p) for p in params] if cfg.deterministic else []
+            seen = torch.zeros((), device=run.device)
+            for mine in range(run.rank, n_shares, run.world):
+                a = min(span.start + mine * share, span.stop)
+                loss = base_loss(model, text[a : min(a + share, span.stop) + 1], share, cfg, run) / len(span)
+                grads = torch.autograd.grad(loss, params, materialize_grads=True)
+                seen += loss.detach()
+                for i, grad in enumerate(grads):
+                    run.add_in_order(sums[i], grad) if sums else run.sum(grad)
+            for p, grad in zip(params, sums or grads, strict=True):
+                p.grad = grad
             nn.utils.clip_grad_norm_(params, cfg.global_ttt_grad_clip)
             optimizer.step()
             optimizer.zero_grad()
-        mean_loss = run.sum(loss.detach()).item()
+        mean_loss = run.sum(seen).item()
         if phase:
             run.metric("base_sgd", phase=phase, chunk=chunk, lr=lr, loss=mean_loss)
             run.progress(f"base learning {phase}", chunk + 1, n_chunks, began)

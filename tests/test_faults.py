@@ -26,7 +26,7 @@ import train_gpt
 from train_gpt import Run, Stop, write_atomically
 
 SHORT = dict(ITERATIONS=6, CHECKPOINT_EVERY=2, VAL_LOSS_EVERY=0, WARMUP_STEPS=0, TTT_ENABLED=0,
-             GPTQ_CALIBRATION_BATCHES=1)  # fmt: skip
+             GPTQ_CALIBRATION_BATCHES=1, DETERMINISTIC=1)  # fmt: skip
 
 # In a process of a run: the fault comes in the fifth step, on one rank of the first attempt.
 FAULT = """

@@ -146,7 +146,9 @@ def test_c1_plain_evaluation(monkeypatch: pytest.MonkeyPatch, smear: bool) -> No
 
 
 def learn_first(scorer: Scorer, chunk: Any, adapters: Any, cache: Any) -> Tensor:
-    """A step on the chunk, then its score."""
+    """A step on the chunk, then its score; whoever only asks sees no step."""
+    if not torch.is_grad_enabled():
+        return forward(scorer, chunk, adapters)
     tensors = adapters.parameters()
     loss = forward(scorer, chunk, adapters)
     for t, g in zip(tensors, torch.autograd.grad((loss * chunk.scored).sum(), tensors), strict=True):

@@ -65,6 +65,10 @@ class ThreadRun(LoneRun):
     def agree(self, *values: float) -> list[float]:
         return [max(column) for column in zip(*self.gather(values), strict=True)]
 
+    def add_in_order(self, total: Tensor, x: Tensor) -> None:
+        for part in self.gather(x.clone()):
+            total += part
+
     def sum(self, x: Tensor) -> Tensor:
         parts = self.gather(x.clone())
         return x.copy_(torch.stack(parts).sum(0))
