@@ -3865,8 +3865,8 @@ class Audit:
     Exactly once: every target is marked as it is scored. Normalization: at sampled places scoring is asked for the loss
     of every token of the vocabulary; exp(-loss) must sum to 1 and hold the loss that was scored. Causality: a sampled
     batch is scored again with other text from some position of half of its documents on; what was scored before and
-    beside them must not change. Every 16th batch of a rank is sampled, its first one included. On a GPU kernels may add in any
-    order: exact is only DETERMINISTIC=1.
+    beside them must not change. Every 16th batch of a rank is sampled, its first one included. On a GPU kernels may add
+    in any order: exact is only DETERMINISTIC=1.
     """
 
     def __init__(self, scorer: TestTimeScorer):
