@@ -52,8 +52,8 @@ stress: $(DEV_READY)  ## 50 runs killed at random moments: each ends in the numb
 lint: $(DEV_READY)  ## ruff over the whole folder
 	@$(PY) -m ruff check .
 
-size: $(RUN_READY)  ## bytes of the submission by part
-	@$(PY) train_gpt.py --size
+size: $(RUN_READY)  ## bytes of the program by part, and with RUN=runs/demo those of that run's artifact
+	@$(PY) train_gpt.py --size $(RUN)
 
 bench: $(RUN_READY)  ## speed of data preparation, and of every part of training and scoring on this machine
 	@$(PY) bench/bench_text.py

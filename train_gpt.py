@@ -23,6 +23,7 @@ Contents
     11. Packing
     12. Test-time training
     13. Pipeline
+    14. Switches
 
 Shapes are written (B, T, D): B rows, T positions, D width, H query heads, G key/value heads, K head dim, F hidden width
 of the MLP, V vocabulary, L layers, S visits (layers in the order they run, loops unrolled), R adapter rank, N
@@ -166,6 +167,22 @@ class Config:
     attn_out_gate_src: str = "proj"      # what it reads: proj (the attention input) or q (the raw queries)
     smear_gate_enabled: bool = False     # mix in the previous token's embedding, never across documents
     gate_window: int = 12                # channels that the narrow gates read
+    qk_gain_per_layer: str = ""          # initial gains by layer, separated by commas; replaces QK_GAIN_INIT
+    xielu_enabled: bool = False          # the activation of PR #1648, its scalars by depth, instead of the leaky square
+    bigram_hash_enabled: bool = False    # add a hashed table of token pairs to the embedding; 425 KB in the artifact
+    bigram_hash_buckets: int = 16384     # its rows
+    bigram_hash_dim: int = 32            # and their width
+    bigram_hash_prime_a: int = 36313     # hash: PRIME_A * token XOR PRIME_B * previous token
+    bigram_hash_prime_b: int = 27191     # its second factor
+    loop_curriculum: str = ""            # extra passes by fraction, like 0.35:1,0.6:2; replaces ENABLE_LOOPING_AT
+    recur_homotopy: bool = False         # let the loop come in along a sigmoid of the fraction, not at once
+    recur_homotopy_tmid: float = 0.5     # its middle; it starts 5 TAU before and ends 5 TAU after
+    recur_homotopy_tau: float = 0.03     # its width
+    recur_alpha_enabled: bool = False    # a repeated visit moves the stream by alpha times what the layer would
+    recur_alpha_form: str = "learned"    # learned, frozen (stored with the weights) or literal (part of the settings)
+    recur_alpha_values: str = "1"        # start of alpha, one for all or NUM_LOOPS rows of looped layers: 1,1.2;1,0.9
+    cross_pass_xsa_enabled: bool = False  # heads drop a learned part of what they wrote in the pass before
+    recur_diag_p2p_cos: int = 0          # validation rows on which passes are compared at each validation; 0: none
 
     # Optimizer
     matrix_lr: float = 0.026             # Muon, all matrices
@@ -226,6 +243,29 @@ class Config:
     global_ttt_grad_clip: float = 1.0    # gradient norm
     global_ttt_respect_doc_boundaries: bool = True  # attention stays inside documents
     # fmt: on
+
+    @property
+    def qk_gains(self) -> list[float]:
+        return numbers(self.qk_gain_per_layer)
+
+    @property
+    def looped_layers(self) -> int:
+        return self.loop_end - self.loop_start + 1 if self.num_loops else 0
+
+    @property
+    def recur_alphas(self) -> list[list[float]]:
+        """(NUM_LOOPS, looped layers)."""
+        rows = [numbers(row) for row in self.recur_alpha_values.split(";")]
+        return [rows[0] * self.looped_layers] * self.num_loops if rows == [rows[0][:1]] else rows
+
+    @property
+    def loop_stages(self) -> list[tuple[float, int]]:
+        """(fraction, extra passes from there on), ascending."""
+        if not self.loop_curriculum:
+            onset = self.recur_homotopy_tmid - 5 * self.recur_homotopy_tau
+            return [(max(onset, 0.0) if self.recur_homotopy else self.enable_looping_at, self.num_loops)]
+        stages = (stage.split(":") for stage in self.loop_curriculum.split(","))
+        return [(float(at), int(loops)) for at, loops in stages]
 
     @property
     def micro_batch_tokens(self) -> int:
@@ -290,6 +330,11 @@ RETIRED = {  # names of the public script that never did, or no longer do, anyth
 BOOLEANS = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
 
 
+def numbers(text: str) -> list[float]:
+    """ "1.5,2" -> [1.5, 2.0]; nothing -> []. Raises ValueError."""
+    return [float(x) for x in text.split(",")] if text.strip() else []
+
+
 def parse_knob(name: str, kind: str, text: str) -> Any:
     """One environment value as bool, int, float or str. Raises ValueError with a sentence."""
     try:
@@ -342,7 +387,7 @@ def config_rules(c: Config) -> list[tuple[bool, str]]:
         attention=("auto", *ATTENTION_KINDS), parallel_final_lane=("mean", "attn", "mlp"),
         attn_out_gate_src=("proj", "q"), compressor=tuple(COMPRESSORS), ttt_optimizer=("adam", "sgd"),
         ttt_context=("rerun", "cached"),
-        from_stage=("", *STAGES[1:]),
+        recur_alpha_form=("learned", "frozen", "literal"), from_stage=("", *STAGES[1:]),
     )  # fmt: skip
     named = [
         (
@@ -375,9 +420,9 @@ def config_rules(c: Config) -> list[tuple[bool, str]]:
         (in_lanes, "a looped layer in the two-lane part loses a branch: set LOOP_END below PARALLEL_START_LAYER"),
         (c.gate_window > c.model_dim, "GATE_WINDOW must be at most MODEL_DIM"),
         (c.ttt_eval_seq_len < c.ttt_chunk_size, "TTT_EVAL_SEQ_LEN must be at least TTT_CHUNK_SIZE"),
-        (c.ttt_context == "cached" and (c.smear_gate_enabled or c.rope_yarn),
+        (c.ttt_context == "cached" and (c.smear_gate_enabled or c.bigram_hash_enabled or c.rope_yarn),
          "TTT_CONTEXT=cached knows neither the token before a chunk nor the length of the row: set it to rerun, or "
-         "SMEAR_GATE_ENABLED=0 and ROPE_YARN=0"),
+         "SMEAR_GATE_ENABLED=0, BIGRAM_HASH_ENABLED=0 and ROPE_YARN=0"),
         (c.global_ttt_chunk_tokens < c.eval_seq_len, "GLOBAL_TTT_CHUNK_TOKENS must be at least EVAL_SEQ_LEN"),
         (not 2 <= c.matrix_bits <= 8 or not 2 <= c.embed_bits <= 8, "MATRIX_BITS and EMBED_BITS must lie in 2..8"),
         (not 0 < c.val_doc_fraction <= 1, "VAL_DOC_FRACTION must lie in (0, 1]"),
@@ -391,10 +436,12 @@ def config_rules(c: Config) -> list[tuple[bool, str]]:
          "choose one of EVAL_ONLY_CHECKPOINT, EVAL_ONLY_ARTIFACT, FROM_STAGE and RESUME"),
         (c.deterministic and c.max_wallclock_seconds > 0 and not (c.from_stage or c.eval_only_artifact
          or c.eval_only_checkpoint), "DETERMINISTIC=1 needs steps instead of a clock: set MAX_WALLCLOCK_SECONDS=0"),
+        (c.audit and "Audit" not in globals(), "this submission was built without AUDIT"),
         (c.deterministic and c.attention in ("fa3", "fa4"),
          f"ATTENTION={c.attention} sums gradients in any order: DETERMINISTIC=1 needs auto, varlen or sdpa"),
         (any(not b.strip().isdigit() for b in c.ttt_eval_batches.split(",")) and c.ttt_eval_batches != "",
          f"TTT_EVAL_BATCHES={c.ttt_eval_batches!r}: give batch numbers like 5,250,500"),
+        *switch_rules(c),
     ]  # fmt: skip
 
 
@@ -470,7 +517,7 @@ class Run:
     def log(self, text: str = "", console: bool = True) -> None:
         if self.main and console:
             print(text, flush=True)
-        if self.main and self.folder:
+        if self.main and self.folder and self.folder.is_dir():  # a run that is refused makes none
             self._append("log.txt", text)
 
     def _append(self, name: str, line: str) -> None:
@@ -519,12 +566,16 @@ class Run:
 
     def gather(self, value: Any) -> list[Any]:
         """One small Python object per rank, in rank order, on every rank."""
+        if self.world == 1:  # Gloo's thread would start OpenMP threads of its own: more than cores, so that all sleep
+            return [value]
         box: list[Any] = [None] * self.world
         dist.all_gather_object(box, value)
         return box
 
     def same(self, value: Any) -> Any:
         """Rank 0's object, everywhere."""
+        if self.world == 1:
+            return value
         box = [value]
         dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
         return box[0]
@@ -592,7 +643,7 @@ def write_atomically(path: Path, write: Callable[[Any], None]) -> None:
 
 
 def start_run(cfg: Config) -> Run:
-    """Joins the process group (there always is one), picks device and dtype, opens the run folder."""
+    """Joins the process group (there always is one), picks device, dtype and run folder."""
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         store, rank, world = next(dist.rendezvous("env://"))
         # torchrun's own store outlives a restart: addresses and counters of the last attempt are still in it.
@@ -624,7 +675,6 @@ def start_run(cfg: Config) -> Run:
         torch.utils.deterministic.fill_uninitialized_memory = False  # nothing reads it
     run_id = cfg.run_id or time.strftime("%Y%m%d-%H%M%S") + f"-seed{cfg.seed}"
     run.folder = Path(run.same(str(cfg.run_dir or cfg.artifact_dir or f"runs/{run_id}")))
-    open_folder(run)
     return run
 
 
@@ -640,6 +690,7 @@ def on_signal(run: Run, number: int) -> None:
 
 
 def open_folder(run: Run) -> None:
+    """Makes the run folder, once nothing else speaks against the run, and tries to write there."""
     problem = ""
     if run.main:
         try:
@@ -662,24 +713,31 @@ def preflight(cfg: Config, run: Run, needs_training_data: bool) -> None:
     """Every check that needs no model, on rank 0, all problems at once. Raises Stop on every rank."""
     problems = list(environment_problems(cfg, run)) if run.main else []
     if run.main:
-        problems += [*missing_inputs(cfg, run), *data_problems(cfg, needs_training_data)]
+        problems += [*input_problems(cfg, run), *data_problems(cfg, needs_training_data)]
     if problems := run.same(problems):
         raise Stop("\n".join(["cannot start:", *(f"  - {p}" for p in problems)]), 2)
 
 
-def missing_inputs(cfg: Config, run: Run) -> Iterator[str]:
-    """Files that the asked-for start needs and that are not there."""
+def input_problems(cfg: Config, run: Run) -> Iterator[str]:
+    """Files that the asked-for start needs and that are not there or belong to another model."""
     needs = {"": [], "calibrate": ["01_weights.pt"], "quantize": ["01_weights.pt", "02_hessians.pt"],
              "pack": ["03_coded.pt"], "evaluate": [ARTIFACT_NAME], "ttt": [ARTIFACT_NAME]}[cfg.from_stage]  # fmt: skip
     rows = [(f"FROM_STAGE={cfg.from_stage}", run.folder / name, "start from an earlier stage") for name in needs]
     if cfg.resume:
         rows.append(("RESUME=1", run.folder / "checkpoint.pt", "start the run without RESUME"))
+    stage_files = [path for _, path, _ in rows if path.suffix == ".pt"]
     for name in ("eval_only_checkpoint", "eval_only_artifact"):
         if path := getattr(cfg, name):
             rows.append((name.upper(), Path(path), "give the path of an existing file"))
     for asked, path, remedy in rows:
         if not path.is_file():
             yield f"{asked} needs {path}, which is not there: {remedy}"
+        elif path in stage_files:
+            try:
+                load_stage_file(cfg, run, path.name, asked, map_location="cpu", mmap=True)  # reads no tensor
+            except Stop as stop:
+                yield stop.sentence
+                return  # the next file would say the same
 
 
 def environment_problems(cfg: Config, run: Run) -> Iterator[str]:
@@ -693,7 +751,8 @@ def environment_problems(cfg: Config, run: Run) -> Iterator[str]:
             yield f"the package {package} is missing: pip install {package}"
     # weights and their average in float32, both optimizer states, and the artifact
     need = 6 * 4 * estimated_parameters(cfg) + 2 * ARTIFACT_LIMIT
-    free = shutil.disk_usage(run.folder).free
+    folder = run.folder.absolute()
+    free = shutil.disk_usage(next(p for p in (folder, *folder.parents) if os.path.exists(p))).free
     if free < need:
         yield f"{run.folder} has {free >> 20} MiB free and the run may write {need >> 20}: free some or set RUN_DIR"
     if run.device.type == "cuda":
@@ -711,7 +770,8 @@ def data_problems(cfg: Config, needs_training_data: bool) -> Iterator[str]:
     """Missing, broken or too small shards, and a tokenizer or sidecar that does not belong to them."""
     val, sidecar, train = val_files(cfg), sidecar_files(cfg), train_files(cfg)
     if not val:
-        yield f"no fineweb_val_*.bin in {cfg.shard_dir}: set DATA_PATH, or make shards with prepare_caseops_data.py"
+        remedy = "set DATA_PATH, or make shards with prepare_caseops_data.py (make demo does, for a first try)"
+        yield f"no fineweb_val_*.bin in {cfg.shard_dir}: {remedy}"
     if cfg.caseops_enabled and len(sidecar) != len(val):
         yield f"{len(val)} validation shards but {len(sidecar)} byte sidecars (val_bytes) in {cfg.shard_dir}"
     if needs_training_data and not train:
@@ -923,6 +983,18 @@ def leaky_square(h: Tensor) -> Tensor:
     return F.leaky_relu(h, 0.5).square()
 
 
+class Xielu(NamedTuple):
+    """Another: h (a_p h + b_p) above zero, h (a_n h + b_n) below (PR #1648); (1, 0, 1/4, 0) is the leaky square."""
+
+    a_p: float
+    b_p: float
+    a_n: float
+    b_n: float
+
+    def __call__(self, h: Tensor) -> Tensor:
+        return h * torch.where(h > 0, self.a_p * h + self.b_p, self.a_n * h + self.b_n)
+
+
 # Both products of the MLP that touch its hidden tensor (M, F), with the activation in the epilogue of one and its
 # derivative in that of the other. K = D is only 512, eight blocks of 64, so what counts is that results leave while the
 # next tile's operands arrive. On an H100 near its power limit, M = 98,304: 0.48 and 0.49 ms (430 TFLOP/s), by address
@@ -938,18 +1010,32 @@ if triton is not None:
         return (band * GROUP + place % rows) * BLOCK_M, place // rows * BLOCK_N
 
     @triton.jit
-    def leaky_finish(acc, pre, out, m, n, BACKWARD: tl.constexpr):
-        """The epilogue of half a tile. Forward: pre = acc, out = leaky_square(acc). Backward: out = acc f'(pre)."""
+    def activation(h, a_p, b_p, a_n, b_n, XIELU: tl.constexpr):
+        if XIELU:
+            return h * tl.where(h > 0, a_p * h + b_p, a_n * h + b_n)
+        return tl.where(h > 0, h * h, 0.25 * h * h)
+
+    @triton.jit
+    def activation_slope(h, a_p, b_p, a_n, b_n, XIELU: tl.constexpr):
+        if XIELU:
+            return tl.where(h > 0, 2.0 * a_p * h + b_p, 2.0 * a_n * h + b_n)
+        return tl.where(h > 0, 2.0 * h, 0.5 * h)
+
+    @triton.jit
+    def leaky_finish(  # noqa: PLR0913
+        acc, pre, out, m, n, a_p, b_p, a_n, b_n, XIELU: tl.constexpr, BACKWARD: tl.constexpr
+    ):  # noqa: PLR0913
+        """The epilogue of half a tile. Forward: pre = acc, out = f(acc). Backward: out = acc f'(pre)."""
         if BACKWARD:
-            h = pre.load([m, n]).to(tl.float32)
-            out.store([m, n], (acc * tl.where(h > 0, 2.0 * h, 0.5 * h)).to(out.dtype))
+            slope = activation_slope(pre.load([m, n]).to(tl.float32), a_p, b_p, a_n, b_n, XIELU)
+            out.store([m, n], (acc * slope).to(out.dtype))
         else:
             pre.store([m, n], acc.to(pre.dtype))
-            out.store([m, n], tl.where(acc > 0, acc * acc, 0.25 * acc * acc).to(out.dtype))
+            out.store([m, n], activation(acc, a_p, b_p, a_n, b_n, XIELU).to(out.dtype))
 
     @triton.jit
     def leaky_tma_kernel(  # noqa: PLR0913
-        a, b, pre, out, M, N, K, BACKWARD: tl.constexpr,
+        a, b, pre, out, M, N, K, a_p, b_p, a_n, b_n, XIELU: tl.constexpr, BACKWARD: tl.constexpr,
         BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
     ):  # fmt: skip  # noqa: PLR0913
         """a (M, K) times b, (N, K) transposed or in BACKWARD (K, N), through tensor descriptors; one program per core.
@@ -968,12 +1054,13 @@ if triton is not None:
                 else:
                     acc = tl.dot(a.load([m, k]), b.load([n, k]).T, acc)
             left, right = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
-            leaky_finish(left, pre, out, m, n, BACKWARD)
-            leaky_finish(right, pre, out, m, n + BLOCK_N // 2, BACKWARD)
+            leaky_finish(left, pre, out, m, n, a_p, b_p, a_n, b_n, XIELU, BACKWARD)
+            leaky_finish(right, pre, out, m, n + BLOCK_N // 2, a_p, b_p, a_n, b_n, XIELU, BACKWARD)
 
     @triton.jit
     def leaky_pointer_kernel(  # noqa: PLR0913
-        a_ptr, b_ptr, pre_ptr, out_ptr, M, N, K, b_stride_n, b_stride_k, BACKWARD: tl.constexpr,
+        a_ptr, b_ptr, pre_ptr, out_ptr, M, N, K, b_stride_n, b_stride_k, a_p, b_p, a_n, b_n,
+        XIELU: tl.constexpr, BACKWARD: tl.constexpr,
         BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
     ):  # fmt: skip  # noqa: PLR0913
         """The same by address: any size, any strides of b (N, K), any GPU."""
@@ -992,10 +1079,10 @@ if triton is not None:
         inside = (m[:, None] < M) & (n[None, :] < N)
         if BACKWARD:
             pre = tl.load(pre_ptr + at, mask=inside, other=0.0).to(tl.float32)
-            out = acc * tl.where(pre > 0, 2.0 * pre, 0.5 * pre)
+            out = acc * activation_slope(pre, a_p, b_p, a_n, b_n, XIELU)
         else:
             tl.store(pre_ptr + at, acc.to(pre_ptr.dtype.element_ty), mask=inside)
-            out = tl.where(acc > 0, acc * acc, 0.25 * acc * acc)
+            out = activation(acc, a_p, b_p, a_n, b_n, XIELU)
         tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=inside)
 
 
@@ -1013,33 +1100,35 @@ def _fits_tma(*tensors: Tensor) -> bool:
     )
 
 
-def _leaky_gemm(a: Tensor, b: Tensor, pre: Tensor, out: Tensor, backward: bool) -> None:
-    """b: (F, D) forward, (D, F) backward."""
+def _leaky_gemm(a: Tensor, b: Tensor, pre: Tensor, out: Tensor, f: Xielu | None, backward: bool) -> None:
+    """b: (F, D) forward, (D, F) backward. f: None for the leaky square."""
     (M, K), N = a.shape, pre.size(1)
     m, n, k = blocks = (128, 256, 64) if a.is_cuda else (32, 32, 32)
-    tiles, warps = triton.cdiv(M, m) * triton.cdiv(N, n), dict(num_warps=8, num_stages=3)
+    tiles, warps, scalars = triton.cdiv(M, m) * triton.cdiv(N, n), dict(num_warps=8, num_stages=3), f or (0.0,) * 4
     if _fits_tma(a, b, pre, out):
         into, shape = TensorDescriptor.from_tensor, [k, n] if backward else [n, k]
         leaky_tma_kernel[(min(tiles, device_cores(a.device)),)](
-            into(a, [m, k]), into(b, shape), into(pre, [m, n // 2]), into(out, [m, n // 2]), M, N, K, backward,
-            *blocks, 8, **warps,
+            into(a, [m, k]), into(b, shape), into(pre, [m, n // 2]), into(out, [m, n // 2]), M, N, K, *scalars,
+            f is not None, backward, *blocks, 8, **warps,
         )  # fmt: skip
     else:
         strides = b.stride()[::-1] if backward else b.stride()
-        leaky_pointer_kernel[(tiles,)](a, b, pre, out, M, N, K, *strides, backward, *blocks, 8, **warps)
+        leaky_pointer_kernel[(tiles,)](
+            a, b, pre, out, M, N, K, *strides, *scalars, f is not None, backward, *blocks, 8, **warps
+        )
 
 
-def up_leaky(x: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+def up_leaky(x: Tensor, up: Tensor, f: Xielu | None = None) -> tuple[Tensor, Tensor]:
     """x (M, D), up (F, D) -> pre-activation and activation, both (M, F)."""
     pre, act = (x.new_empty(x.size(0), up.size(0)) for _ in range(2))
-    _leaky_gemm(x, up, pre, act, backward=False)
+    _leaky_gemm(x, up, pre, act, f, backward=False)
     return pre, act
 
 
-def down_leaky(grad: Tensor, down: Tensor, pre: Tensor) -> Tensor:
+def down_leaky(grad: Tensor, down: Tensor, pre: Tensor, f: Xielu | None = None) -> Tensor:
     """grad (M, D), down (D, F), pre (M, F) -> gradient of the pre-activation (M, F)."""
     out = torch.empty_like(pre)
-    _leaky_gemm(grad, down, pre, out, backward=True)
+    _leaky_gemm(grad, down, pre, out, f, backward=True)
     return out
 
 
@@ -1349,7 +1438,8 @@ def lanes_backward(gx: Tensor, gl: Tensor, x: Tensor, lane: Tensor, a: Tensor, b
 
 
 # ---- heads: norm, rotation and gain before attention, own value and gate after it ------------------------------------
-# The merged projection (N, W) has rows of H K queries | G K keys | G K values | H gate logits, if heads have gates.
+# The merged projection (N, W) has rows of H K queries | G K keys | G K values | H gate logits | H narrow gate logits,
+# the last two if heads have such gates.
 # A tile is (ROWS, K): a row is one head of one token, 128 contiguous bytes at K = 64 in bf16, read by 8 lanes of 16
 # bytes, so that a reduction over K is three shuffles. Strides are constexpr: the compiler sees that they keep the
 # 16-byte alignment (as runtime integers only multiples of 16 would tell it, and W = 1032 is none).
@@ -1449,7 +1539,7 @@ if triton is not None:
     def gate_kernel(  # noqa: PLR0913
         y_ptr, v_ptr, logits_ptr, out_ptr, n_rows,
         V_STRIDE: tl.constexpr, L_STRIDE: tl.constexpr, H: tl.constexpr, G: tl.constexpr, K: tl.constexpr,
-        OWN: tl.constexpr, GATED: tl.constexpr, COLS: tl.constexpr, ROWS: tl.constexpr,
+        OWN: tl.constexpr, GATED: tl.constexpr, NARROW: tl.constexpr, COLS: tl.constexpr, ROWS: tl.constexpr,
     ):  # fmt: skip
         """Rows are the G groups of each token; a group's H / G heads follow one another. Reads 1.5 S, writes 1 S."""
         row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -1468,6 +1558,9 @@ if triton is not None:
             if GATED:
                 logit = tl.load(logits_ptr + token * L_STRIDE + head, mask=real, other=0.0).to(tl.float32)
                 y *= tl.sigmoid(logit)[:, None]
+            if NARROW:
+                at_narrow = logits_ptr + token * L_STRIDE + (H if GATED else 0) + head
+                y *= 2 * tl.sigmoid(tl.load(at_narrow, mask=real, other=0.0).to(tl.float32))[:, None]
             tl.store(out_ptr + at, y.to(out_ptr.dtype.element_ty), mask=mask)
 
     @triton.jit
@@ -1475,9 +1568,9 @@ if triton is not None:
         grad_ptr, y_ptr, v_ptr, logits_ptr, dy_ptr, dv_ptr, dlogits_ptr, n_rows,
         V_STRIDE: tl.constexpr, L_STRIDE: tl.constexpr, DV_STRIDE: tl.constexpr, DL_STRIDE: tl.constexpr,
         H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, OWN: tl.constexpr, GATED: tl.constexpr,
-        COLS: tl.constexpr, ROWS: tl.constexpr,
+        NARROW: tl.constexpr, COLS: tl.constexpr, ROWS: tl.constexpr,
     ):  # fmt: skip
-        """Tiles as in the forward. Recomputes the unit value and the gate; reads 2.5 S, writes 1.5 S."""
+        """Tiles as in the forward. Recomputes the unit value and the gates; reads 2.5 S, writes 1.5 S."""
         row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
         token, group = (row // G).to(tl.int64), row % G
         c = tl.arange(0, COLS)
@@ -1493,11 +1586,15 @@ if triton is not None:
             grad = tl.load(grad_ptr + at, mask=mask, other=0.0).to(tl.float32)
             y = tl.load(y_ptr + at, mask=mask, other=0.0).to(tl.float32)
             dot = tl.sum(grad * y, 1)
+            gate = tl.full((ROWS,), 1.0, tl.float32)  # the product of both
             if GATED:
                 logit = tl.load(logits_ptr + token * L_STRIDE + head, mask=real, other=0.0).to(tl.float32)
-                gate = tl.sigmoid(logit)
-            else:
-                gate = tl.full((ROWS,), 1.0, tl.float32)
+                sigmoid_gate = tl.sigmoid(logit)
+                gate *= sigmoid_gate
+            if NARROW:
+                at_narrow = token * L_STRIDE + (H if GATED else 0) + head
+                half_gate = tl.sigmoid(tl.load(logits_ptr + at_narrow, mask=real, other=0.0).to(tl.float32))
+                gate *= 2 * half_gate
             dy = grad
             if OWN:  # out = gate * (y - (y . own) own)
                 along_y, along_grad = tl.sum(y * own, 1), tl.sum(grad * own, 1)
@@ -1507,9 +1604,12 @@ if triton is not None:
                 radial -= 2 * gate * along_y * along_grad  # d_own . own
             dy *= gate[:, None]
             tl.store(dy_ptr + at, dy.to(dy_ptr.dtype.element_ty), mask=mask)
+            d_at = dlogits_ptr + token * DL_STRIDE + head
             if GATED:
-                d_logit = dot * gate * (1 - gate)
-                tl.store(dlogits_ptr + token * DL_STRIDE + head, d_logit.to(dlogits_ptr.dtype.element_ty), mask=real)
+                tl.store(d_at, (dot * gate * (1 - sigmoid_gate)).to(dlogits_ptr.dtype.element_ty), mask=real)
+            if NARROW:
+                d_logit = (dot * gate * (1 - half_gate)).to(dlogits_ptr.dtype.element_ty)
+                tl.store(d_at + (H if GATED else 0), d_logit, mask=real)
         if OWN:
             dv = inverse[:, None] * (d_own - tl.where(unit, radial, 0.0)[:, None] * own)
             dv_at = dv_ptr + (token * DV_STRIDE + group * K)[:, None] + c[None, :]
@@ -1517,8 +1617,8 @@ if triton is not None:
 
 
 def head_columns(merged: Tensor, layer: Layer) -> tuple[Tensor, Tensor | None]:
-    """Values (N, G, K) and gate logits (N, H), or None, as views of the merged projection (..., W)."""
-    flat, (_, v_at, gates_at) = merged.flatten(0, -2), layer.columns
+    """Values (N, G, K) and gate logits (N, H or 2 H), or None, as views of the merged projection (..., W)."""
+    flat, (_, v_at, gates_at, _) = merged.flatten(0, -2), layer.columns
     logits = flat[:, gates_at:] if flat.size(1) > gates_at else None
     return flat[:, v_at:gates_at].unflatten(1, (-1, layer.head_dim)), logits
 
@@ -1556,10 +1656,10 @@ def gate_forward(y: Tensor, merged: Tensor, layer: Layer) -> Tensor:
     """y (N, H, K) -> (..., H K): without each head's own value, times the head's gate."""
     v, logits = head_columns(merged, layer)
     out = y.new_empty(*merged.shape[:-1], y.size(1) * y.size(2))
-    (n, h, k), g, gated, rows = y.shape, v.size(1), logits is not None, HEAD_ROWS // 2
+    (n, h, k), g, any_gate, rows = y.shape, v.size(1), logits is not None, HEAD_ROWS // 2
     gate_kernel[(triton.cdiv(n * g, rows),)](
-        y, v, logits if gated else y, out, n * g, v.stride(0), logits.stride(0) if gated else 0, h, g, k,
-        layer.exclude_own_value, gated, triton.next_power_of_2(k), rows, num_warps=HEAD_WARPS,
+        y, v, logits if any_gate else y, out, n * g, v.stride(0), logits.stride(0) if any_gate else 0, h, g, k,
+        layer.exclude_own_value, layer.gated, layer.narrow, triton.next_power_of_2(k), rows, num_warps=HEAD_WARPS,
     )  # fmt: skip
     return out
 
@@ -1567,12 +1667,12 @@ def gate_forward(y: Tensor, merged: Tensor, layer: Layer) -> Tensor:
 def gate_backward(grad: Tensor, y: Tensor, merged: Tensor, d_merged: Tensor, layer: Layer) -> Tensor:
     """-> gradient of y (N, H, K); writes the values' own part and the logits' to their columns of d_merged."""
     (v, logits), (dv, d_logits) = head_columns(merged, layer), head_columns(d_merged, layer)
-    (n, h, k), g, gated, rows, dy = y.shape, v.size(1), logits is not None, HEAD_ROWS // 2, torch.empty_like(y)
-    l_stride, dl_stride = (t.stride(0) if gated else 0 for t in (logits, d_logits))
+    (n, h, k), g, any_gate, rows, dy = y.shape, v.size(1), logits is not None, HEAD_ROWS // 2, torch.empty_like(y)
+    l_stride, dl_stride = (t.stride(0) if any_gate else 0 for t in (logits, d_logits))
     gate_backward_kernel[(triton.cdiv(n * g, rows),)](
-        grad, y, v, logits if gated else y, dy, dv, d_logits if gated else dy, n * g, v.stride(0), l_stride,
-        dv.stride(0), dl_stride, h, g, k, layer.exclude_own_value, gated, triton.next_power_of_2(k), rows,
-        num_warps=HEAD_WARPS,
+        grad, y, v, logits if any_gate else y, dy, dv, d_logits if any_gate else dy, n * g, v.stride(0), l_stride,
+        dv.stride(0), dl_stride, h, g, k, layer.exclude_own_value, layer.gated, layer.narrow,
+        triton.next_power_of_2(k), rows, num_warps=HEAD_WARPS,
     )  # fmt: skip
     return dy
 
@@ -1746,10 +1846,15 @@ def boundary_capacity(row_tokens: int) -> int:
     return max(64, 1 << max(row_tokens // 256 - 1, 1).bit_length())
 
 
-def host_row(tokens: np.ndarray, piece: int, pin: bool = False) -> tuple[Tensor, Docs]:
-    """n+1 tokens -> an int32 row of them and the document boundaries of the first n; page-locked if asked for."""
-    row = torch.from_numpy(tokens.astype(np.int32))
-    cu = torch.from_numpy(pack_boundaries(tokens[:-1], piece, boundary_capacity(len(tokens) - 1)))
+def host_row(tokens: np.ndarray, piece: int, pin: bool = False, edges: np.ndarray | None = None) -> tuple[Tensor, Docs]:
+    """n+1 tokens -> an int32 row of them and the boundaries of the first n; page-locked if asked for.
+
+    The boundaries are `edges`, of sequences no longer than `piece`, or else those of the documents.
+    """
+    n, row = len(tokens) - 1, torch.from_numpy(tokens.astype(np.int32))
+    room = boundary_capacity(n)
+    cu = pack_boundaries(tokens[:-1], piece, room) if edges is None else padded_edges(edges, n, room)
+    cu = torch.from_numpy(cu)
     return (row.pin_memory(), Docs(cu.pin_memory(), piece)) if pin else (row, Docs(cu, piece))
 
 
@@ -1762,16 +1867,11 @@ def sent_row(row: Tensor, docs: Docs, device: torch.device) -> tuple[Tensor, Ten
     return row[None, :-1].long(), row[None, 1:].long(), docs._replace(cu_seqlens=cu)
 
 
-def packed_row(tokens: np.ndarray, piece: int) -> tuple[Tensor, Tensor, Docs]:
-    """n+1 tokens -> inputs (1, n), targets (1, n) and the document boundaries of the inputs, on the CPU."""
-    return sent_row(*host_row(tokens, piece), torch.device("cpu"))
-
-
-def to_device(batch: tuple[Tensor, Tensor, Docs], device: torch.device) -> tuple[Tensor, Tensor, Docs]:
-    if device.type == "cpu":
-        return batch
-    inputs, targets, cu = (t.pin_memory().to(device, non_blocking=True) for t in (*batch[:2], batch[2].cu_seqlens))
-    return inputs, targets, Docs(cu, batch[2].max_len)
+def packed_row(
+    tokens: np.ndarray, piece: int, device: torch.device, edges: np.ndarray | None = None
+) -> tuple[Tensor, Tensor, Docs]:
+    """n+1 tokens -> inputs (1, n), targets (1, n) and the boundaries of the inputs, on the device."""
+    return sent_row(*host_row(tokens, piece, device.type == "cuda", edges), device)
 
 
 class TrainLoader:
@@ -1930,6 +2030,7 @@ class Visit(NamedTuple):
     two_lane: bool  # attention and MLP on lanes of their own
     save_skip: bool  # keep the output for a U-net skip
     skip: int | None  # slot of the skip merged before this visit
+    again: int  # earlier visits to the same layer
 
 
 def plan_depth(n_layers: int, loops: int, start: int, end: int, lanes_from: int) -> tuple[Visit, ...]:
@@ -1942,9 +2043,12 @@ def plan_depth(n_layers: int, loops: int, start: int, end: int, lanes_from: int)
     half = len(order) // 2
     skips = min(half, len(order) - half)
     return tuple(
-        Visit(layer, at >= half and 0 < lanes_from <= layer, at < half, at - half if 0 <= at - half < skips else None)
+        Visit(
+            layer, at >= half and 0 < lanes_from <= layer, at < half, at - half if 0 <= at - half < skips else None,
+            order[:at].count(layer),
+        )
         for at, layer in enumerate(order)
-    )
+    )  # fmt: skip
 
 
 # ---- blocks: the specification ---------------------------------------------------------------------------------------
@@ -1956,6 +2060,7 @@ class Deltas(NamedTuple):
     v: tuple[Tensor, Tensor] | None = None
     attn_bypass: tuple[Tensor, Tensor] | None = None  # from the attention input to its scaled output
     mlp_bypass: tuple[Tensor, Tensor] | None = None  # from the MLP input to its scaled output
+    narrow: tuple[Tensor, Tensor] | None = None  # to the narrow gates' logits, where these read the queries
 
 
 NO_DELTAS = Deltas()
@@ -1979,8 +2084,7 @@ class LayerWeights(NamedTuple):
 
     mix: Tensor  # (2, D): weights of the residual stream and of the embedding
     q_gain: Tensor  # (H,)
-    narrow_gate: Tensor | None  # (H, GATE_WINDOW)
-    qkv: Tensor  # (D + 2 G K + gates, D): rows of queries, keys, values, and of the head gates if there are any
+    qkv: Tensor  # (D + 2 G K + gates, D): rows of queries, keys, values and of the head gates there are
     wo: Tensor  # (D, D), times attn_scale
     up: Tensor  # (F, D)
     down: Tensor  # (D, F), times mlp_scale
@@ -1996,13 +2100,15 @@ class Layer(NamedTuple):
     head_dim: int
     depth_scale: float  # of the normed input: 1 / sqrt(layer + 1)
     exclude_own_value: bool
-    narrow_gate_reads_q: bool
+    gated: bool  # a gate sigmoid(z) for each head
+    narrow: bool  # a gate 2 sigmoid(z) for each head, from few channels
+    activation: Xielu | None  # None: the leaky square
 
     @property
-    def columns(self) -> tuple[int, int, int]:
-        """Where keys, values and gates begin in a row of the merged projection; queries begin at 0."""
+    def columns(self) -> tuple[int, int, int, int]:
+        """Where keys, values, gates and narrow gates begin in a row of the merged projection; queries begin at 0."""
         keys, width = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        return keys, keys + width, keys + 2 * width
+        return keys, keys + width, keys + 2 * width, keys + 2 * width + (self.heads if self.gated else 0)
 
 
 def exclude_own_value(y: Tensor, v: Tensor) -> Tensor:
@@ -2084,6 +2190,7 @@ class Context(NamedTuple):
     docs: Docs | None
     attention: Any  # the attention of the chosen kernels
     past: Past | None = None
+    echo: Callable[[Tensor], Tensor] | None = None  # what a switch makes of the heads' outputs (B, T, H, K)
 
 
 def matmul(x: Tensor, weight: Tensor, site: str, tap: Tap | None) -> Tensor:
@@ -2095,11 +2202,10 @@ def matmul(x: Tensor, weight: Tensor, site: str, tap: Tap | None) -> Tensor:
 
 def attend(n: Tensor, w: LayerWeights, layer: Layer, ctx: Context, deltas: Deltas, tap: Tap | None) -> Tensor:
     """The attention half of a block. n (B, T, D), normed -> (B, T, D)."""
-    k_at, v_at, gates_at = layer.columns
     merged = matmul(n, w.qkv, "attn_in", tap)
-    raw, k, v, logits = merged.tensor_split((k_at, v_at, gates_at), dim=-1)
-    raw, k, v = raw + low_rank(n, deltas.q), k + low_rank(n, deltas.k), v + low_rank(n, deltas.v)
-    q, k, v = (t.unflatten(-1, (-1, layer.head_dim)) for t in (raw, k, v))  # (B, T, heads, K)
+    q, k, v, gates, narrow = merged.tensor_split(layer.columns, dim=-1)
+    q, k, v = q + low_rank(n, deltas.q), k + low_rank(n, deltas.k), v + low_rank(n, deltas.v)
+    q, k, v = (t.unflatten(-1, (-1, layer.head_dim)) for t in (q, k, v))  # (B, T, heads, K)
     q, k = rotate(rms(q), ctx.rope) * w.q_gain[:, None], rotate(rms(k), ctx.rope)
     if ctx.docs is None:
         y = dense_attention(q, *(ctx.past.extend(k, v) if ctx.past else (k, v)))
@@ -2107,17 +2213,19 @@ def attend(n: Tensor, w: LayerWeights, layer: Layer, ctx: Context, deltas: Delta
         y = ctx.attention(*(t.flatten(0, 1) for t in (q, k, v)), ctx.docs).view_as(q)
     if layer.exclude_own_value:
         y = exclude_own_value(y, v)
-    if w.narrow_gate is not None:
-        source = raw if layer.narrow_gate_reads_q else n
-        y = y * (2 * F.linear(source[..., : w.narrow_gate.size(1)], w.narrow_gate).sigmoid()).unsqueeze(-1)
-    if logits.size(-1):
-        y = y * logits.sigmoid().unsqueeze(-1)
+    if ctx.echo is not None:
+        y = ctx.echo(y)
+    if layer.narrow:
+        y = y * (2 * (narrow + low_rank(n, deltas.narrow)).sigmoid()).unsqueeze(-1)
+    if layer.gated:
+        y = y * gates.sigmoid().unsqueeze(-1)
     return matmul(y.flatten(2), w.wo, "attn_out", tap) + low_rank(n, deltas.attn_bypass)
 
 
-def feed(n: Tensor, w: LayerWeights, deltas: Deltas, tap: Tap | None) -> Tensor:
+def feed(n: Tensor, w: LayerWeights, layer: Layer, deltas: Deltas, tap: Tap | None) -> Tensor:
     """The MLP half of a block. n (B, T, D), normed -> (B, T, D)."""
-    return matmul(leaky_square(matmul(n, w.up, "mlp_in", tap)), w.down, "mlp_out", tap) + low_rank(n, deltas.mlp_bypass)
+    hidden = (layer.activation or leaky_square)(matmul(n, w.up, "mlp_in", tap))
+    return matmul(hidden, w.down, "mlp_out", tap) + low_rank(n, deltas.mlp_bypass)
 
 
 def serial_block(
@@ -2129,7 +2237,7 @@ def serial_block(
     """
     x = mix(x, x0, w.mix)
     x = x + attend(rms(x) * layer.depth_scale, w, layer, ctx, deltas, tap)
-    return x + feed(rms(x) * layer.depth_scale, w, deltas, tap), x0
+    return x + feed(rms(x) * layer.depth_scale, w, layer, deltas, tap), x0
 
 
 def two_lane_block(
@@ -2137,7 +2245,7 @@ def two_lane_block(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Attention reads x (mixed with x0) and MLP reads `lane`, both from before the block; both write to both."""
     a = attend(rms(mix(x, x0, w.mix)) * layer.depth_scale, w, layer, ctx, deltas, tap)
-    b = feed(rms(lane) * layer.depth_scale, w, deltas, tap)
+    b = feed(rms(lane) * layer.depth_scale, w, layer, deltas, tap)
     return *update_lanes(x, lane, a, b, w.keep, w.post), x0
 
 
@@ -2162,6 +2270,12 @@ def _low_rank_forward(target: Tensor, x: Tensor, delta: tuple[Tensor, Tensor] | 
     return z
 
 
+def _low_rank_targets(merged: Tensor, deltas: Deltas, layer: Layer) -> tuple[list[Tensor], list[Any]]:
+    """Queries, keys, values and narrow gates of the merged projection (..., W), and what is added to each."""
+    q, k, v, _, narrow = merged.tensor_split(layer.columns, dim=-1)
+    return [q, k, v, narrow], [*deltas[:3], deltas.narrow]
+
+
 def _low_rank_backward(
     grad: Tensor, x: Tensor, z: Tensor | None, delta: tuple[Tensor, Tensor] | None, dx: Tensor
 ) -> tuple[Tensor | None, Tensor | None]:
@@ -2180,9 +2294,7 @@ def _attend_forward(
     layer, ctx = call
     u, n, rstd = mix_norm_forward(x, x0, w.mix, layer.depth_scale, keep_sum=residual)
     merged = F.linear(n, w.qkv)
-    k_at, v_at, gates_at = layer.columns
-    parts = merged.tensor_split((k_at, v_at, gates_at), dim=-1)
-    zs = [_low_rank_forward(part, n, d) for part, d in zip(parts, deltas[:3], strict=False)]
+    zs = [_low_rank_forward(p, n, d) for p, d in zip(*_low_rank_targets(merged, deltas, layer), strict=True)]
     q, k = prepare_forward(merged, w.q_gain, ctx.rope, layer)
     v, _ = head_columns(merged, layer)
     if ctx.past:
@@ -2197,8 +2309,8 @@ def _attend_forward(
 def _attend_backward(
     grad: Tensor, saved: Sequence[Tensor | None], state: Any, w: LayerWeights, call: BlockCall, deltas: Deltas,
     train_weights: bool,
-) -> tuple[Tensor, dict[str, Tensor], list[Tensor | None]]:  # fmt: skip
-    """-> gradient of n, of the weights by name, of q, k, v and bypass deltas (A, B, A, B, ...)."""
+) -> tuple[Tensor, dict[str, Tensor], Deltas]:  # fmt: skip
+    """-> gradient of n, of the weights by name, of the deltas of attention."""
     (layer, ctx), (n, _, merged, out, y, *zs) = call, saved
     d_merged = torch.empty_like(merged)
     d_out = gate_backward(grad @ w.wo, out, merged, d_merged, layer)
@@ -2207,9 +2319,10 @@ def _attend_backward(
         d_rest = (t.unflatten(0, (len(n), -1))[:, -n.size(1) :].flatten(0, 1) for t in d_rest)
     d_gain = prepare_backward(merged, d_merged, (dq, *d_rest), w.q_gain, ctx.rope, layer)
     dn = d_merged @ w.qkv
-    parts = (*d_merged.tensor_split(layer.columns, dim=-1)[:3], grad)
-    pairs = (*deltas[:3], deltas.attn_bypass)
-    d_deltas = [g for p, z, d in zip(parts, zs, pairs, strict=True) for g in _low_rank_backward(p, n, z, d, dn)]
+    parts, pairs = _low_rank_targets(d_merged, deltas, layer)
+    rows = zip((*parts, grad), zs, (*pairs, deltas.attn_bypass), strict=True)
+    d_q, d_k, d_v, d_narrow, d_bypass = (_low_rank_backward(p, n, z, d, dn) for p, z, d in rows)
+    d_deltas = Deltas(d_q, d_k, d_v, d_bypass, narrow=d_narrow)
     grads = {}
     if train_weights:
         grads = dict(qkv=_outer(d_merged, n), wo=_outer(grad, y), q_gain=d_gain)
@@ -2221,19 +2334,19 @@ def _feed_forward(
 ) -> tuple[Tensor, list[Tensor | None]]:
     """Norm and MLP half -> x + b, written over x (residual), or b, and what backward needs."""
     _, n, rstd = mix_norm_forward(x, None, None, call.layer.depth_scale, keep_sum=False)
-    pre, act = up_leaky(n.flatten(0, -2), w.up)
+    pre, act = up_leaky(n.flatten(0, -2), w.up, call.layer.activation)
     flat = x.flatten(0, -2)
     b = flat.addmm_(act, w.down.t()) if residual else F.linear(act, w.down)
     b = b.view_as(x)
     return b, [n, rstd, pre, act if train else None, _low_rank_forward(b, n, deltas.mlp_bypass)]
 
 
-def _feed_backward(
-    grad: Tensor, saved: Sequence[Tensor | None], w: LayerWeights, deltas: Deltas, train_weights: bool
-) -> tuple[Tensor, dict[str, Tensor], tuple[Tensor | None, Tensor | None]]:
+def _feed_backward(  # noqa: PLR0913
+    grad: Tensor, saved: Sequence[Tensor | None], w: LayerWeights, call: BlockCall, deltas: Deltas, train_weights: bool
+) -> tuple[Tensor, dict[str, Tensor], tuple[Tensor | None, Tensor | None]]:  # noqa: PLR0913
     """-> gradient of n, of the weights by name, of the bypass."""
     n, _, pre, act, z = saved
-    d_pre = down_leaky(grad.flatten(0, -2), w.down, pre)
+    d_pre = down_leaky(grad.flatten(0, -2), w.down, pre, call.layer.activation)
     dn = (d_pre @ w.up).view_as(n)
     d_delta = _low_rank_backward(grad, n, z, deltas.mlp_bypass, dn)
     grads = dict(up=_outer(d_pre, n), down=_outer(grad, act)) if train_weights else {}
@@ -2251,11 +2364,16 @@ def _unflatten(tensors: Sequence[Tensor | None]) -> tuple[LayerWeights, Deltas]:
     return LayerWeights(*tensors[:n]), Deltas(*(None if a is None else (a, b) for a, b in pairs))
 
 
-def _flatten(w: LayerWeights, deltas: Deltas) -> list[Tensor | None]:
+def _flatten(w: Iterable[Tensor | None], deltas: Deltas) -> list[Tensor | None]:
     return [*w, *(t for pair in deltas for t in (pair or (None, None)))]
 
 
-N_ATTEND, N_FEED = 9, 5  # tensors that the two halves save
+def _flatten_gradients(grads: Mapping[str, Tensor], deltas: Deltas) -> list[Tensor | None]:
+    """In the order of `_flatten`; None for a weight without one."""
+    return _flatten((grads.get(name) for name in LayerWeights._fields), deltas)
+
+
+N_ATTEND, N_FEED = 10, 5  # tensors that the two halves save
 
 
 def _trains(needs_gradient: Sequence[bool]) -> bool:
@@ -2284,7 +2402,7 @@ class FusedSerial(torch.autograd.Function):
         attend_saved, feed_saved = saved[:N_ATTEND], saved[N_ATTEND:][:N_FEED]
         want = ctx.needs_input_grad[1:3]
         train, scale, grad = ctx.train, ctx.call.layer.depth_scale, grad.contiguous()
-        dn, grads, d_mlp = _feed_backward(grad, feed_saved, w, deltas, train)
+        dn, grads, d_mlp = _feed_backward(grad, feed_saved, w, ctx.call, deltas, train)
         du, _, _ = mix_norm_backward(dn, *feed_saved[:2], scale, NormGradients(carry=grad))
         dn, more, d_attend = _attend_backward(du, attend_saved, ctx.state, w, ctx.call, deltas, train)
         dx, dx0, d_mix = mix_norm_backward(
@@ -2292,7 +2410,7 @@ class FusedSerial(torch.autograd.Function):
             inputs=(x, x0) if train else None, want=want,
         )  # fmt: skip
         grads |= more | dict(mix=d_mix)
-        return None, dx, dx0, *(grads.get(name) for name in LayerWeights._fields), *d_attend, *d_mlp
+        return None, dx, dx0, *_flatten_gradients(grads, d_attend._replace(mlp_bypass=d_mlp))
 
 
 class FusedTwoLane(torch.autograd.Function):
@@ -2317,7 +2435,7 @@ class FusedTwoLane(torch.autograd.Function):
         want, train, scale = ctx.needs_input_grad[1:4:2], ctx.train, ctx.call.layer.depth_scale
         gx, gl = (torch.zeros_like(x) if g is None else g.contiguous() for g in (gx, gl))
         da, db, d_keep, d_post = lanes_backward(gx, gl, x, lane, a, b, w.post)
-        dn, grads, d_mlp = _feed_backward(db, feed_saved, w, deltas, train)
+        dn, grads, d_mlp = _feed_backward(db, feed_saved, w, ctx.call, deltas, train)
         d_lane, _, _ = mix_norm_backward(dn, *feed_saved[:2], scale, NormGradients(carry=gl, keep=w.keep[1:]))
         dn, more, d_attend = _attend_backward(da, attend_saved, ctx.state, w, ctx.call, deltas, train)
         dx, dx0, d_mix = mix_norm_backward(
@@ -2325,14 +2443,14 @@ class FusedTwoLane(torch.autograd.Function):
             inputs=(x, x0) if train else None, want=want,
         )  # fmt: skip
         grads |= more | dict(mix=d_mix, keep=d_keep, post=d_post)
-        return None, dx, d_lane, dx0, *(grads.get(name) for name in LayerWeights._fields), *d_attend, *d_mlp
+        return None, dx, d_lane, dx0, *_flatten_gradients(grads, d_attend._replace(mlp_bypass=d_mlp))
 
 
 def serial_block_fused(
     x: Tensor, x0: Tensor, w: LayerWeights, layer: Layer, ctx: Context, deltas: Deltas, tap: Tap | None
 ) -> tuple[Tensor, Tensor]:
-    """`serial_block` by `FusedSerial`, which has neither taps nor narrow gates."""
-    if tap is not None or w.narrow_gate is not None:
+    """`serial_block` by `FusedSerial`, which has neither taps nor echoes."""
+    if tap is not None or ctx.echo is not None:
         return serial_block(x, x0, w, layer, ctx, deltas, tap)
     return FusedSerial.apply(BlockCall(layer, ctx), x, x0, *_flatten(w, deltas))
 
@@ -2340,8 +2458,8 @@ def serial_block_fused(
 def two_lane_block_fused(
     x: Tensor, lane: Tensor, x0: Tensor, w: LayerWeights, layer: Layer, ctx: Context, deltas: Deltas, tap: Tap | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`two_lane_block` by `FusedTwoLane`, which has neither taps nor narrow gates."""
-    if tap is not None or w.narrow_gate is not None:
+    """`two_lane_block` by `FusedTwoLane`, which has neither taps nor echoes."""
+    if tap is not None or ctx.echo is not None:
         return two_lane_block(x, lane, x0, w, layer, ctx, deltas, tap)
     return FusedTwoLane.apply(BlockCall(layer, ctx), x, lane, x0, *_flatten(w, deltas))
 
@@ -2395,9 +2513,9 @@ def importable(module: str) -> bool:
 class Attention(nn.Module):
     """The parameters of one layer's attention that are not in the banks."""
 
-    def __init__(self, cfg: Config):
+    def __init__(self, cfg: Config, gain: float):
         super().__init__()
-        self.q_gain = nn.Parameter(torch.full((cfg.num_heads,), cfg.qk_gain_init))
+        self.q_gain = nn.Parameter(torch.full((cfg.num_heads,), gain))
         if cfg.gated_attn_enabled:
             self.attn_gate_w = nn.Parameter(torch.empty(cfg.num_heads, cfg.model_dim))
             nn.init.normal_(self.attn_gate_w, std=cfg.gated_attn_init_std)
@@ -2409,9 +2527,9 @@ class Attention(nn.Module):
 class Block(nn.Module):
     """The parameters of one layer that are not in the banks."""
 
-    def __init__(self, cfg: Config):
+    def __init__(self, cfg: Config, gain: float):
         super().__init__()
-        self.attn = Attention(cfg)
+        self.attn = Attention(cfg, gain)
         self.attn_scale = nn.Parameter(torch.ones(cfg.model_dim))
         self.mlp_scale = nn.Parameter(torch.ones(cfg.model_dim))
         self.resid_mix = nn.Parameter(torch.stack((torch.ones(cfg.model_dim), torch.zeros(cfg.model_dim))))
@@ -2431,42 +2549,47 @@ def one_thread() -> Iterator[None]:
 class GPT(nn.Module):
     """The language model of PR #1736: looped layers, U-net skips, two lanes at the end, gated attention, tied head.
 
-    `looped` says whether the loop runs; parameter names and shapes are the public checkpoint contract.
+    `looped` is how often the looped layers run again. Parameter names and shapes are the public checkpoint contract.
     """
 
     def __init__(
         self, cfg: Config, kernels: Kernels = SPEC, dtype: torch.dtype = torch.float32, initialize: bool = True
     ):
         super().__init__()
-        self.cfg, self.kernels, self.dtype, self.looped = cfg, kernels, dtype, False
+        self.cfg, self.kernels, self.dtype = cfg, kernels, dtype
+        self.looped = False
         n_layers, d, kv = cfg.num_layers, cfg.model_dim, cfg.num_kv_heads * cfg.head_dim
         args = (cfg.loop_start, cfg.loop_end, cfg.parallel_start_layer)
-        self.plans = {on: plan_depth(n_layers, cfg.num_loops if on else 0, *args) for on in (False, True)}
+        self.plans = [plan_depth(n_layers, loops, *args) for loops in range(cfg.num_loops + 1)]
         self.tok_emb = nn.Embedding(cfg.vocab_size, d)
         self.qo_bank = nn.Parameter(torch.empty(2 * n_layers, d, d))  # queries of all layers, then outputs
         self.kv_bank = nn.Parameter(torch.empty(2 * n_layers, kv, d))  # keys, then values
         self.mlp_up_bank = nn.Parameter(torch.empty(n_layers, cfg.hidden_dim, d))
         self.mlp_down_bank = nn.Parameter(torch.empty(n_layers, d, cfg.hidden_dim))
-        n_skips = sum(v.skip is not None for v in self.plans[True])
+        n_skips = sum(v.skip is not None for v in self.plans[-1])
         self.skip_weights = nn.Parameter(torch.ones(n_skips, d))
         if cfg.skip_gates_enabled:
             self.skip_gates = nn.Parameter(torch.zeros(n_skips, d))
         self.parallel_post_lambdas = nn.Parameter(torch.ones(n_layers, 2, 2))
         self.parallel_resid_lambdas = nn.Parameter(torch.full((n_layers, 2), 1.1))
-        if cfg.smear_gate_enabled:
-            self.smear_gate = nn.Linear(cfg.gate_window, 1, bias=False)
-            self.smear_lambda = nn.Parameter(torch.zeros(1))
-        self.blocks = nn.ModuleList(Block(cfg) for _ in range(n_layers))
+        gains = cfg.qk_gains or [cfg.qk_gain_init] * n_layers
+        self.blocks = nn.ModuleList(Block(cfg, gain) for gain in gains)
         self.layer_constants = [
             Layer(
                 cfg.num_heads, cfg.num_kv_heads, cfg.head_dim, (i + 1) ** -0.5 if cfg.ln_scale else 1.0,
-                i >= n_layers - cfg.xsa_last_n, cfg.attn_out_gate_src == "q",
+                i >= n_layers - cfg.xsa_last_n, cfg.gated_attn_enabled, cfg.attn_out_gate_enabled,
+                xielu_of(i, n_layers) if cfg.xielu_enabled else None,
             )
             for i in range(n_layers)
         ]  # fmt: skip
         if initialize:  # for nothing where a state dict is loaded next
             with one_thread():
                 self.init_weights()
+        self.switches = switches(cfg)
+        with torch.random.fork_rng(devices=[]):
+            for switch in self.switches:
+                torch.manual_seed(cfg.seed)
+                switch.build(self)
 
     @torch.no_grad()
     def init_weights(self) -> None:
@@ -2477,8 +2600,6 @@ class GPT(nn.Module):
             nn.init.orthogonal_(matrix)
         self.qo_bank[n:].zero_()
         self.mlp_down_bank.zero_()
-        if self.cfg.smear_gate_enabled:
-            nn.init.zeros_(self.smear_gate.weight)
 
     def place(self, device: torch.device) -> GPT:
         """Moves to the device with every parameter in the dtype of its role."""
@@ -2486,6 +2607,15 @@ class GPT(nn.Module):
         for name, p in self.named_parameters():
             p.data = p.data.to(self.dtype if role_of(name).dtype == "compute" else torch.float32)
         return self
+
+    @property
+    def looped(self) -> int:
+        """Extra passes over the looped layers: 0 to NUM_LOOPS; set to True for all of them."""
+        return self._looped
+
+    @looped.setter
+    def looped(self, passes: bool | int) -> None:
+        self._looped = self.cfg.num_loops if passes is True else int(passes)
 
     @property
     def plan(self) -> tuple[Visit, ...]:
@@ -2502,11 +2632,13 @@ class GPT(nn.Module):
         rows = [queries, *self.kv_bank.split(n)]
         if self.cfg.gated_attn_enabled:
             rows.append(stack("attn.attn_gate_w"))
-        narrow = stack("attn.attn_gate_proj.weight").to(dtype) if self.cfg.attn_out_gate_enabled else [None] * n
+        if self.cfg.attn_out_gate_enabled:  # reads the first channels of the normed stream, or of the queries
+            narrow, window = stack("attn.attn_gate_proj.weight"), self.cfg.gate_window
+            reads_input = self.cfg.attn_out_gate_src == "proj"
+            rows.append(F.pad(narrow, (0, queries.size(-1) - window)) if reads_input else narrow @ queries[:, :window])
         columns = LayerWeights(
             mix=stack("resid_mix").to(dtype),
             q_gain=stack("attn.q_gain").to(dtype),
-            narrow_gate=narrow,
             qkv=torch.cat([r.to(dtype) for r in rows], dim=1),
             wo=(stack("attn_scale").unsqueeze(-1) * outputs).to(dtype),
             up=self.mlp_up_bank.to(dtype),
@@ -2516,14 +2648,11 @@ class GPT(nn.Module):
         )
         return [LayerWeights(*row) for row in zip(*map(list, columns), strict=True)]
 
-    def embed(self, tokens: Tensor) -> Tensor:
+    def embed(self, tokens: Tensor, tap: Tap | None = None) -> Tensor:
         """(B, T) -> (B, T, D), normed."""
         x = F.embedding(tokens, self.tok_emb.weight).to(self.dtype)
-        if self.cfg.smear_gate_enabled:
-            w, strength = self.smear_gate.weight.to(x.dtype), self.smear_lambda.to(x.dtype)
-            gate = strength * F.linear(x[:, 1:, : self.cfg.gate_window], w).sigmoid()
-            gate = gate * (tokens[:, 1:, None] != BOS)  # a document's first token has no predecessor
-            x = torch.cat((x[:, :1], x[:, 1:] + gate * x[:, :-1]), dim=1)
+        for switch in self.switches:
+            x = switch.embed(self, x, tokens, tap)
         return self.kernels.mean_norm(x, None)
 
     def trunk(
@@ -2541,10 +2670,12 @@ class GPT(nn.Module):
         gates = self.skip_gates.to(self.dtype) if cfg.skip_gates_enabled else [None] * len(self.skip_weights)
         skip_weights = self.skip_weights.to(self.dtype)
 
-        x = x0 = self.embed(tokens)
+        x = x0 = self.embed(tokens, tap)
         lane, kept = None, []
         for visit, deltas, past in zip(self.plan, visit_deltas, pasts, strict=False):
             where = ctx._replace(past=past)
+            for switch in self.switches:
+                where = switch.attention(self, visit, where)
             args = layers[visit.layer], self.layer_constants[visit.layer], where, self.scaled(deltas, visit.layer)
             peek = tap and (lambda site, t, i=visit.layer: tap(f"blocks.{i}.{site}", t))
             if visit.two_lane and lane is None:
@@ -2554,7 +2685,12 @@ class GPT(nn.Module):
             if visit.two_lane:
                 x, lane, x0 = kernels.two_lane(x, lane, x0, *args, peek)
             else:
+                before = x
+                for switch in self.switches:
+                    x = switch.enter(self, visit, x)
                 x, x0 = kernels.serial(x, x0, *args, peek)
+                for switch in self.switches:
+                    x = switch.leave(self, visit, before, x)
             if visit.save_skip:
                 kept.append(x)
         if lane is not None and cfg.parallel_final_lane != "mean":
@@ -2562,13 +2698,18 @@ class GPT(nn.Module):
         return kernels.mean_norm(x, lane)
 
     def scaled(self, deltas: Deltas, layer: int) -> Deltas:
-        """The bypasses with the scales that the layer's matrices carry in `layers`."""
+        """The deltas as they act on the layer's matrices of `layers`: bypasses with the scales that those carry."""
         if deltas is NO_DELTAS:
             return deltas
         block, bypasses = self.blocks[layer], {}
         for name, scale in (("attn_bypass", block.attn_scale), ("mlp_bypass", block.mlp_scale)):
             if (pair := getattr(deltas, name)) is not None:
                 bypasses[name] = pair[0], scale.to(self.dtype).unsqueeze(-1) * pair[1]
+        if (
+            self.cfg.attn_out_gate_enabled and self.cfg.attn_out_gate_src == "q"
+        ):  # what they read moves with the queries
+            gate, (a, b) = block.attn.attn_gate_proj.weight.to(self.dtype), deltas.q
+            bypasses["narrow"] = a, gate @ b[:, : self.cfg.gate_window]
         return deltas._replace(**bypasses)
 
     def forward(
@@ -2624,6 +2765,9 @@ ROLES = (  # first match counts; a test asserts that every parameter has exactly
     Role("tok_emb.weight",          "embed",  "compute", "gptq"),
     Role("blocks.*.attn_gate_w",    "scalar", "float32", "rows"),
     Role("blocks.*",                "scalar", "float32", "float16"),
+    Role("bigram.embed.weight",     "embed",  "float32", "gptq"),
+    Role("bigram.proj.weight",      "muon",   "float32", "float16"),
+    Role("recur_*",                 "scalar", "float32", "float16"),
     Role("skip_*",                  "scalar", "float32", "float16"),
     Role("parallel_*_lambdas",      "scalar", "float32", "float16"),
     Role("smear_*",                 "scalar", "float32", "float16"),
@@ -2646,6 +2790,11 @@ def training_fraction(cfg: Config, step: int, seconds: float) -> float:
     if cfg.max_wallclock_seconds > 0:
         return seconds / (cfg.max_wallclock_seconds - cfg.gptq_reserve_seconds)
     return step / cfg.iterations
+
+
+def looped_at(cfg: Config, fraction: float) -> int:
+    """Extra passes over the looped layers."""
+    return max([0, *(loops for at, loops in cfg.loop_stages if fraction >= at)])
 
 
 def lr_multiplier(cfg: Config, fraction: float) -> float:
@@ -2712,19 +2861,24 @@ class Optimizer:
         out[: len(bank)] = bank
         return out
 
+    def touched(self) -> list[Tensor]:
+        """The other parameters that have a gradient: what only the loop uses has none before it starts."""
+        return [p for p in self.others if p.grad is not None]
+
     @torch.no_grad()
     def reduce(self) -> Tensor:
         """Sums the gradients over the ranks; returns the norm of the whole gradient, a scalar tensor."""
+        others = self.touched()
         if self.run.world == 1:
             self.shards = [p.grad for p in self.banks]
-            return joint_norm([*self.shards, *(p.grad for p in self.others)])
+            return joint_norm([*self.shards, *(p.grad for p in others)])
         self.shards, waits = [], []
         for p, rows in zip(self.banks, self.rows, strict=True):
             self.shards.append(torch.empty(rows, *p.shape[1:], dtype=self.wire, device=p.device))
             waits.append(_reduce_scatter(self.shards[-1], self._padded(p.grad, rows), async_op=True))
-        flat = torch.cat([p.grad.float().flatten() for p in self.others])  # one transfer for all the small ones
+        flat = torch.cat([p.grad.float().flatten() for p in others])  # one transfer for all the small ones
         dist.all_reduce(flat)
-        for p, piece in zip(self.others, flat.split([p.numel() for p in self.others]), strict=True):
+        for p, piece in zip(others, flat.split([p.numel() for p in others]), strict=True):
             p.grad = piece.view_as(p).to(p.dtype)
         for w in waits:
             w.wait()
@@ -2735,7 +2889,7 @@ class Optimizer:
         """Scales the averaged gradient down to GRAD_CLIP_NORM; no host sync."""
         if self.cfg.grad_clip_norm > 0:
             scale = (self.cfg.grad_clip_norm / (norm + 1e-6)).clamp(max=1.0)
-            for grads in by_dtype([*self.shards, *(p.grad for p in self.others)]):
+            for grads in by_dtype([*self.shards, *(p.grad for p in self.touched())]):
                 torch._foreach_mul_(grads, scale)
 
     @torch.no_grad()
@@ -2873,7 +3027,7 @@ def evaluate(model: GPT, val: ValidationSet, cfg: Config, run: Run, label: str) 
             tokens = val.tokens[r * row : (r + 1) * row + 1]
             n = len(tokens) - 1
             tokens = np.pad(tokens, (0, row - n), constant_values=BOS)  # one shape for the tail, too
-            inputs, targets, docs = to_device(packed_row(tokens, cfg.eval_seq_len), run.device)
+            inputs, targets, docs = packed_row(tokens, cfg.eval_seq_len, run.device)
             losses = model(inputs, targets, docs=docs, reduction="none")
             meter.add(losses[0, :n], n, int(val.token_bytes[r * row + 1 : r * row + n + 1].sum()))
             run.progress(f"evaluating {label}", r + 1, n_rows, began)
@@ -2901,7 +3055,7 @@ class Progress:
 
     step: int = 0
     seconds: float = 0.0  # of counted training time
-    looped: bool = False
+    looped: int = 0  # extra passes over the looped layers
 
 
 class Stopwatch:
@@ -2940,8 +3094,7 @@ def prime(cfg: Config, run: Run, model: GPT, optimizer: Optimizer) -> None:
         return
     weights = {n: p.detach().clone() for n, p in model.named_parameters()}
     state = optimizer.state_dict()
-    modes = (False, True) if cfg.num_loops > 0 else (False,)
-    for looped in modes:
+    for looped in sorted({0, *(loops for _, loops in cfg.loop_stages)}):
         model.looped = looped
         if looped:
             run.log(f"loop_warmup:enabled {describe_plan(model.plan)}")
@@ -3028,8 +3181,8 @@ class TrainLog:
     ranks, the same number everywhere: every rank stops or none does.
     """
 
-    def __init__(self, cfg: Config, run: Run, watch: Stopwatch):
-        self.cfg, self.run, self.watch, self.began = cfg, run, watch, time.monotonic()
+    def __init__(self, model: GPT, run: Run, watch: Stopwatch):
+        self.model, self.cfg, self.run, self.watch, self.began = model, model.cfg, run, watch, time.monotonic()
         self.pending: tuple[Arrival, dict[str, Any]] | None = None
 
     def add(self, progress: Progress, loss: Tensor, lr_mul: float) -> None:
@@ -3044,6 +3197,8 @@ class TrainLog:
         if due:
             line = f"train_loss: {self.settle():.4f} train_time: {seconds / 60:.1f}m tok/s: {tokens / seconds:.0f}"
             self.run.log(f"{step}/{cfg.iterations} {line}")
+            for text in filter(None, (switch.line(self.model) for switch in self.model.switches)):
+                self.run.log(text)
         self.run.progress("training", *self._share(progress), self.began, every=20)
 
     def _share(self, progress: Progress) -> tuple[float, float]:
@@ -3070,7 +3225,7 @@ def train(cfg: Config, run: Run, model: GPT, val: ValidationSet) -> Progress:
     run.sync()
     run.barrier()
     watch = Stopwatch(progress.seconds)
-    log = TrainLog(cfg, run, watch)
+    log = TrainLog(model, run, watch)
     while True:
         # Every rank follows the clock of rank 0, so schedules and the loop's onset agree to the step.
         progress.seconds, stop = run.agree(watch.seconds() if run.main else 0.0, run.stop_signal)
@@ -3081,24 +3236,33 @@ def train(cfg: Config, run: Run, model: GPT, val: ValidationSet) -> Progress:
                 log.settle()
                 score = evaluate(model, val, cfg, run, f"step {step}")
                 run.log(f"{step}/{cfg.iterations} val_loss: {score.loss:.4f} val_bpb: {score.bpb:.4f}")
+                for switch in model.switches if run.main else ():
+                    switch.observe(model, val, run, step)
         due = cfg.checkpoint_every > 0 and step > 0 and step % cfg.checkpoint_every == 0
         if stop or (due and not done):
             log.settle()
             save_checkpoint(run, model, optimizer, average, progress)
         if stop:
             name = signal.Signals(int(stop)).name
-            raise Stop(f"stopped by {name} at step {step}: RESUME=1 RUN_DIR={run.folder} goes on", 128 + int(stop))
+            raise Stop(
+                f"stopped by {name} at step {step}: RESUME=1 RUN_DIR={run.folder} goes on, with the same knobs",
+                128 + int(stop),
+            )
         if done:
             break
-        if cfg.num_loops > 0 and not progress.looped and fraction >= cfg.enable_looping_at:
-            model.looped = progress.looped = True
+        if (looped := looped_at(cfg, fraction)) > progress.looped:
+            model.looped = progress.looped = looped
             run.log(f"layer_loop:enabled step:{step} frac:{fraction:.3f} {describe_plan(model.plan)}")
+        for switch in model.switches:
+            switch.schedule(fraction)
         lr_mul = lr_multiplier(cfg, fraction)
         loss = run.sum(train_step(model, optimizer, loader, lr_mul, muon_momentum(cfg, step)))
         average.update()
         progress.step += 1
         log.add(progress, loss, lr_mul)
     loader.close()
+    for switch in model.switches:
+        switch.schedule(1.0)
     progress.seconds = run.agree(watch.total if run.main else 0.0)[0]  # with the steps that were queued, now done
     if progress.step < cfg.iterations:
         run.log(
@@ -3153,10 +3317,14 @@ def rebank(flat: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return state
 
 
+# Tables see no inputs: what stands for them is what the embedding is multiplied with, and what the pair table gives.
+OUTPUT_TAPS = {"tok_emb.weight": "head", "bigram.embed.weight": "bigram"}
+
+
 def hessian_key(name: str) -> str:
     """The tap that sees the inputs of matrix `name`."""
-    if name == "tok_emb.weight":
-        return "head"
+    if name in OUTPUT_TAPS:
+        return OUTPUT_TAPS[name]
     layer, matrix = name.removeprefix("blocks.").removesuffix(".weight").split(".", 1)
     return f"blocks.{layer}.{MATRICES[matrix].site}"
 
@@ -3292,7 +3460,7 @@ def gptq_batches(flat: Mapping[str, Tensor], cfg: Config) -> list[Batch]:
         if matrix:
             knobs = cfg.matrix_bits, getattr(cfg, f"{matrix.clip}_clip_sigmas")
         elif role_of(name).storage == "gptq":
-            knobs = cfg.embed_bits, cfg.embed_clip_sigmas
+            knobs = cfg.embed_bits if name == "tok_emb.weight" else cfg.matrix_bits, cfg.embed_clip_sigmas
         else:
             continue
         stacks.setdefault((hessian_key(name), *knobs), []).append(name)
@@ -3396,6 +3564,8 @@ MODEL_FIELDS = (
     "logit_softcap", "rope_base", "rope_dims", "rope_yarn", "ln_scale", "xsa_last_n", "skip_gates_enabled", "num_loops",
     "loop_start", "loop_end", "parallel_start_layer", "parallel_final_lane", "gated_attn_enabled",
     "attn_out_gate_enabled", "attn_out_gate_src", "smear_gate_enabled", "gate_window", "train_seq_len",
+    "xielu_enabled", "bigram_hash_enabled", "bigram_hash_buckets", "bigram_hash_dim", "bigram_hash_prime_a",
+    "bigram_hash_prime_b", "recur_alpha_enabled", "recur_alpha_form", "recur_alpha_values", "cross_pass_xsa_enabled",
 )  # fmt: skip
 
 
@@ -3473,7 +3643,7 @@ def unshuffle_bytes(data: bytes) -> bytes:
     return out.tobytes()
 
 
-def pack(coded: Mapping[str, Coded], looped: bool, cfg: Config) -> bytes:
+def pack(coded: Mapping[str, Coded], looped: int, cfg: Config) -> bytes:
     """The artifact as bytes: identical for identical input."""
     sections: dict[str, bytearray] = {}
     for name, c in coded.items():
@@ -3511,7 +3681,7 @@ def read_header(blob: bytes) -> tuple[dict[str, Any], bytes]:
     try:
         inflate = zlib.decompressobj()
         header = json.loads(inflate.decompress(body[4:size], HEADER_LIMIT).decode())
-        right = inflate.eof and header["compressor"] in list(COMPRESSORS) and isinstance(header["looped"], bool)
+        right = inflate.eof and header["compressor"] in list(COMPRESSORS) and isinstance(header["looped"], int)
         right = right and isinstance(header["config"], dict) and isinstance(header["tensors"], list)
         right = right and all(isinstance(n, int) and n >= 0 for n in header["pieces"])
     except (zlib.error, ValueError, KeyError, TypeError, RecursionError):
@@ -3544,8 +3714,8 @@ def _tensor_layout(header: dict[str, Any]) -> list[tuple[str, str, int, list[int
     return rows
 
 
-def unpack(blob: bytes) -> tuple[dict[str, Tensor], bool, dict[str, Any]]:
-    """Artifact -> (banked state dict in float32, whether the loop is on, model settings that differ from the defaults).
+def unpack(blob: bytes) -> tuple[dict[str, Tensor], int, dict[str, Any]]:
+    """Artifact -> (banked state dict in float32, extra passes of the loop, model settings unlike the defaults).
 
     Raises ArtifactError in one sentence for anything damaged, cut short or impossible; allocates what the header's
     shapes need and no more than RAW_LIMIT.
@@ -3590,6 +3760,15 @@ def _piece(data: bytes, size: int, section: str, compressor: str) -> bytes:
     if len(raw) != size:
         raise ArtifactError(f"a piece of its section {section} has {len(raw)} bytes instead of {size}")
     return raw
+
+
+def without_switches(source: str, cfg: Config) -> str:
+    """This program without the switches that are off; `switch_rules` refuses to turn one on that is not there."""
+    off = {kind.__name__ for kind in Switch.__subclasses__() if not getattr(cfg, kind.knob)}
+    off |= set() if cfg.audit else {"Audit"}
+    tree = ast.parse(source)
+    tree.body = [node for node in tree.body if not (isinstance(node, ast.ClassDef) and node.name in off)]
+    return ast.unparse(tree)
 
 
 class StripAnnotations(ast.NodeTransformer):
@@ -3644,10 +3823,10 @@ def self_extracting(program: str) -> bytes:
     return STUB.replace("{}", text).encode("latin-1")
 
 
-def build_submission(folder: Path, artifact: bytes) -> dict[str, int]:
+def build_submission(folder: Path, artifact: bytes, cfg: Config) -> dict[str, int]:
     """Writes submission/train_gpt.py and submission/final_model.int6.ptz; returns the bytes of each and their sum."""
     source = Path(__file__).read_text()
-    code = self_extracting(minify(source))
+    code = self_extracting(minify(without_switches(source, cfg)))
     write_atomically(folder / "train_gpt.py", lambda f: f.write(code))
     write_atomically(folder / ARTIFACT_NAME, lambda f: f.write(artifact))
     sizes = {"source": len(source.encode()), **{k: (folder / n).stat().st_size for k, n in
@@ -4126,12 +4305,14 @@ def adapt_base(model: GPT, val: ValidationSet, scored: Sequence[Document], cfg: 
             for mine in range(run.rank, n_shares, run.world):
                 a = min(span.start + mine * share, span.stop)
                 loss = base_loss(model, text[a : min(a + share, span.stop) + 1], share, cfg, run) / len(span)
-                grads = torch.autograd.grad(loss, params, materialize_grads=True)
+                # None where a switch acts in repeated visits that this model does not make
+                grads = torch.autograd.grad(loss, params, allow_unused=True)
                 seen += loss.detach()
                 for i, grad in enumerate(grads):
-                    run.add_in_order(sums[i], grad) if sums else run.sum(grad)
-            for p, grad in zip(params, sums or grads, strict=True):
-                p.grad = grad
+                    if grad is not None:
+                        run.add_in_order(sums[i], grad) if sums else run.sum(grad)
+            for p, total, grad in zip(params, sums or grads, grads, strict=True):
+                p.grad = None if grad is None else total
             nn.utils.clip_grad_norm_(params, cfg.global_ttt_grad_clip)
             optimizer.step()
             optimizer.zero_grad()
@@ -4146,13 +4327,11 @@ def base_loss(model: GPT, tokens: np.ndarray, row: int, cfg: Config, run: Run) -
     """Summed nats of the targets in `tokens` (n inputs and one target more), padded to `row` inputs."""
     n = max(len(tokens) - 1, 0)
     tokens = np.pad(tokens, (0, row + 1 - len(tokens)), constant_values=BOS)
-    inputs, targets, docs = packed_row(tokens, cfg.eval_seq_len)
     # Sequences are cut on one grid whatever the ranks' shares: every number of ranks learns from the same pieces.
     edges = np.arange(0, row, cfg.eval_seq_len)
     if cfg.global_ttt_respect_doc_boundaries:
         edges = np.union1d(edges, np.flatnonzero(tokens[:-1] == BOS))
-    docs = docs._replace(cu_seqlens=torch.from_numpy(padded_edges(edges, row, len(docs.cu_seqlens))))
-    inputs, targets, docs = to_device((inputs, targets, docs), run.device)
+    inputs, targets, docs = packed_row(tokens, cfg.eval_seq_len, run.device, edges)
     counts = (torch.arange(row, device=run.device) < n)[None]
     return (model(inputs, targets, docs=docs, reduction="none") * counts).sum()
 
@@ -4168,16 +4347,18 @@ def shape_fingerprint(cfg: Config) -> dict[str, Any]:
     return {k: getattr(cfg, k) for k in MODEL_FIELDS} | {"tokenizer": tokenizer_fingerprint(cfg)}
 
 
-def load_stage_file(cfg: Config, run: Run, name: str, asked: str) -> dict[str, Any]:
+def load_stage_file(cfg: Config, run: Run, name: str, asked: str, **how: Any) -> dict[str, Any]:
     """A file that an earlier stage left in the run folder. Raises Stop if it is missing, broken or of another model."""
     path = run.folder / name
     try:
-        state = torch.load(path, map_location=run.device, weights_only=True)
+        state = torch.load(path, weights_only=True, **{"map_location": run.device, **how})
+        theirs = state["fingerprint"]
     except Exception as e:  # torch raises many kinds for a damaged file
         raise Stop(f"{asked} cannot read {path} ({type(e).__name__}): start from an earlier stage", 2) from None
-    theirs, ours = state["fingerprint"], shape_fingerprint(cfg)
+    ours = shape_fingerprint(cfg)
     if differ := [f"{k.upper()}={theirs.get(k)} there, {ours[k]} here" for k in ours if theirs.get(k) != ours[k]]:
-        raise Stop(f"{path} belongs to another model: {'; '.join(differ)}", 2)
+        remedy = "set the knobs of that run (its run.json has them)"
+        raise Stop(f"{path} belongs to another model: {'; '.join(differ)}; {remedy}", 2)
     return state
 
 
@@ -4223,24 +4404,20 @@ def restored_model(cfg: Config, run: Run, result: dict[str, Any]) -> GPT:
     return model
 
 
-def checkpoint_model(cfg: Config, run: Run, val: ValidationSet, result: dict[str, Any]) -> GPT:
+def checkpoint_model(cfg: Config, run: Run) -> GPT:
     """The model of EVAL_ONLY_CHECKPOINT: our 01_weights.pt, or a public state dict (loop on, as the record scores)."""
     path = Path(cfg.eval_only_checkpoint)
-    run.log(f"EVAL_ONLY_BYPASS: loading {path}, skipping training")
     try:
         state = torch.load(path, map_location=run.device, weights_only=True)
     except Exception as e:
         raise Stop(f"EVAL_ONLY_CHECKPOINT={path} cannot be read ({type(e).__name__})", 2) from None
-    looped = state.get("looped", cfg.num_loops > 0)
+    looped = state.get("looped", True)  # a public checkpoint does not say: it was trained with the loop
     model = new_model(cfg, run)
     try:
         model.load_state_dict(state.get("model", state))
     except RuntimeError as e:
         raise Stop(f"{path} does not fit the settings: {e}", 2) from None
-    model.looped = bool(looped)
-    result.update(looped=model.looped)
-    run.log(f"EVAL_ONLY_BYPASS: model loaded, compiled, looping_active={model.looped}")
-    score_float(cfg, run, model, val, result)
+    model.looped = looped
     return model
 
 
@@ -4279,7 +4456,7 @@ def pack_stage(cfg: Config, run: Run, coded: Mapping[str, Coded], result: dict[s
     with run.stage("pack") as clock:
         artifact = run.alone(lambda: pack(coded, result["looped"], cfg))
         run.save(ARTIFACT_NAME, lambda f: f.write(artifact))
-        sizes = run.alone(lambda: build_submission(run.folder / "submission", artifact))
+        sizes = run.alone(lambda: build_submission(run.folder / "submission", artifact, cfg))
     result.update(pack_seconds=clock["seconds"], artifact_bytes=sizes["artifact"], code_bytes=sizes["code"],
                   total_bytes=sizes["total"])  # fmt: skip
     run.log(f"Code size (uncompressed): {sizes['source']} bytes")
@@ -4308,6 +4485,8 @@ def model_from_artifact(cfg: Config, run: Run, blob: bytes) -> GPT:
             raise ArtifactError(f"its settings cannot work: {broken[0]}")
         if sum(state[k].numel() for k in state) < estimated_parameters(mine):
             raise ArtifactError("it holds fewer weights than its settings need")
+        if not 0 <= looped <= mine.num_loops:
+            raise ArtifactError(f"it asks for {looped} extra passes of {mine.num_loops}")
         if mine.vocab_size != cfg.vocab_size:
             raise ArtifactError(f"it has a vocabulary of {mine.vocab_size}: set VOCAB_SIZE and a tokenizer to match")
         model = new_model(mine, run)
@@ -4318,9 +4497,8 @@ def model_from_artifact(cfg: Config, run: Run, blob: bytes) -> GPT:
     return model
 
 
-def score_stages(cfg: Config, run: Run, blob: bytes, val: ValidationSet, result: dict[str, Any], first: str) -> None:
-    """Plain evaluation and test-time training of the artifact."""
-    model = model_from_artifact(cfg, run, blob)
+def score_stages(run: Run, model: GPT, val: ValidationSet, result: dict[str, Any], first: str) -> None:
+    """Plain evaluation and test-time training of the artifact's model."""
     cfg = model.cfg
     result["looped"] = model.looped
     run.log(f"artifact: looped={model.looped} kernels: {model.kernels.why}")
@@ -4357,18 +4535,30 @@ def pipeline(cfg: Config, run: Run) -> dict[str, Any]:
     preflight(cfg, run, needs_training_data=at <= STAGES.index("calibrate"))
     val = load_validation(cfg)
     result: dict[str, Any] = {"seed": cfg.seed, "world": run.world}
+    made, model = at <= STAGES.index("pack"), None
+    if cfg.eval_only_checkpoint:
+        model = checkpoint_model(cfg, run)
+    elif not made:
+        model = model_from_artifact(cfg, run, artifact_to_score(cfg, run))
+    open_folder(run)  # what is refused has been refused: nothing was written before
     describe_run(cfg, run, val)
-    made = at <= STAGES.index("pack")
-    blob = make_artifact(cfg, run, val, result, at) if made else artifact_to_score(cfg, run)
-    if run.device.type == "cuda":
-        torch.cuda.empty_cache()
-    score_stages(cfg, run, blob, val, result, first)
+    if made:
+        blob = make_artifact(cfg, run, val, result, at, model)
+        if run.device.type == "cuda":
+            torch.cuda.empty_cache()
+        model = model_from_artifact(cfg, run, blob)
+    score_stages(run, model, val, result, first)
     result["peak_memory_mib"] = run.peak_memory_mib()
     return result
 
 
-def make_artifact(cfg: Config, run: Run, val: ValidationSet, result: dict[str, Any], at: int) -> bytes:
-    """The training half: weights, Hessians, codes, artifact, each from its stage or from the file that stage left."""
+def make_artifact(
+    cfg: Config, run: Run, val: ValidationSet, result: dict[str, Any], at: int, model: GPT | None
+) -> bytes:
+    """The training half: weights, Hessians, codes, artifact, each from its stage or from the file that stage left.
+
+    model: that of EVAL_ONLY_CHECKPOINT.
+    """
     if at == STAGES.index("pack"):
         state = load_stage_file(cfg, run, "03_coded.pt", "FROM_STAGE=pack")
         result.update({k: state[k] for k in ("steps", "train_seconds", "looped") if state[k] is not None})
@@ -4376,8 +4566,11 @@ def make_artifact(cfg: Config, run: Run, val: ValidationSet, result: dict[str, A
             k: Coded(*(p.cpu() if isinstance(p, Tensor) else p for p in parts)) for k, parts in state["coded"].items()
         }
         return pack_stage(cfg, run, coded, result)
-    if cfg.eval_only_checkpoint:
-        model = checkpoint_model(cfg, run, val, result)
+    if model:
+        run.log(f"EVAL_ONLY_BYPASS: loading {cfg.eval_only_checkpoint}, skipping training")
+        run.log(f"EVAL_ONLY_BYPASS: model loaded, compiled, looping_active={model.looped > 0}")
+        result.update(looped=model.looped)
+        score_float(cfg, run, model, val, result)
     elif at == 0:
         model = train_stage(cfg, run, val, result)
     else:
@@ -4426,7 +4619,10 @@ def describe_run(cfg: Config, run: Run, val: ValidationSet) -> None:
 
 
 def report(cfg: Config, run: Run, result: dict[str, Any]) -> bool:
-    """The result block, the last lines of the log; says whether the run keeps all budgets."""
+    """The result block, the last lines of the log; says whether the run keeps all budgets.
+
+    Training that was asked to go by steps alone, MAX_WALLCLOCK_SECONDS=0, has no budget of seconds.
+    """
     run.metric("result", **result)
     info = run.alone(lambda: json.loads((run.folder / "run.json").read_text()))
     run.save("run.json", lambda f: f.write(json.dumps(info | {"result": result}, indent=1).encode()))
@@ -4441,37 +4637,61 @@ def report(cfg: Config, run: Run, result: dict[str, Any]) -> bool:
     training = result.get("train_seconds", 0) + result.get("calibrate_seconds", 0)
     gates = [
         ("artifact bytes", result.get("total_bytes"), ARTIFACT_LIMIT),
-        ("train + calibration seconds", training, BUDGET_SECONDS),
+        ("train + calibration seconds", training, BUDGET_SECONDS if cfg.max_wallclock_seconds > 0 else math.inf),
         ("evaluation seconds", result.get("ttt_seconds", result.get("eval_seconds")), BUDGET_SECONDS),
     ]
     run.log("\n| budget | used | limit | |\n|---|---|---|---|")
     for label, used, limit in gates:
         if used:
-            run.log(f"| {label} | {round(used, 1)} | {limit} | {'pass' if used <= limit else 'FAIL'} |")
+            end = f"{limit} | {'pass' if used <= limit else 'FAIL'}" if limit < math.inf else "none set |"
+            run.log(f"| {label} | {round(used, 1)} | {end} |")
     run.log(f"\nseed {cfg.seed}, {result.get('steps', '-')} steps, {run.world} x {run.device.type}")
     run.log(f"peak memory {result['peak_memory_mib']} MiB, whole run {time.monotonic() - run.started:.0f}s")
     run.log(f"files in {run.folder}")
     return all(not used or used <= limit for _, used, limit in gates)
 
 
-def print_sizes(folder: str | None) -> None:
-    """Bytes of the submission by part: each section of this file alone, the program, a run's artifact by section."""
+def print_sizes(folder: str) -> None:
+    """Bytes of the submission by part; `folder` is the run whose artifact counts, or empty."""
+    blob = Path(folder, ARTIFACT_NAME).read_bytes() if folder else b""
+    header = read_header(blob)[0] if folder else {}
     source = Path(__file__).read_text()
-    whole = self_extracting(minify(source))
+    whole = self_extracting(minify(without_switches(source, Config())))
     print(f"{'source':<40}{len(source.encode()):>12}")
     print(f"{'minified':<40}{len(minify(source)):>12}")
     print(f"{'submission/train_gpt.py':<40}{len(whole):>12}")
+    print("of which, each compressed alone, so that they sum to more:")
     parts = re.split(r"^# -{20,}\n# (\d+\. .*?)(?::.*)?\n(?:# .*\n)*# -{20,}\n", source, flags=re.M)
     for title, body in zip(parts[1::2], parts[2::2], strict=True):
         print(f"  {title:<38}{len(_brotli(minify(body).encode())):>12}")
-    artifact = Path(folder) / ARTIFACT_NAME if folder else None
-    if artifact and artifact.is_file():
-        header, payload = read_header(artifact.read_bytes())
-        print(f"{artifact!s:<40}{artifact.stat().st_size:>12}")
-        lengths = iter(header["pieces"])
-        for name, size in _section_sizes(_tensor_layout(header)).items():
-            print(f"  {name:<38}{sum(itertools.islice(lengths, math.ceil(size / PIECE))):>12}")
-        print(f"{'headroom':<40}{ARTIFACT_LIMIT - len(whole) - artifact.stat().st_size:>12}")
+    if not folder:
+        print("without an artifact; name a run folder to add it: make size RUN=runs/demo")
+        return
+    print(f"{folder + '/' + ARTIFACT_NAME:<40}{len(blob):>12}")
+    print("of which, beside its header:")
+    lengths = iter(header["pieces"])
+    for name, size in _section_sizes(_tensor_layout(header)).items():
+        print(f"  {name:<38}{sum(itertools.islice(lengths, math.ceil(size / PIECE))):>12}")
+    print(f"{'headroom':<40}{ARTIFACT_LIMIT - len(whole) - len(blob):>12}")
+
+
+USAGE = "usage: train_gpt.py [--help | --size [RUN_FOLDER]]    settings are environment variables: see --help"
+
+
+def obey_arguments(args: Sequence[str]) -> int:
+    """What a command line with arguments asks for; returns the exit code."""
+    if args in (["--help"], ["-h"]):
+        print_help()
+    elif args[0] == "--size" and len(args) <= 2:
+        try:
+            print_sizes(args[1] if len(args) == 2 else "")
+        except (OSError, ArtifactError) as e:
+            print(f"cannot read an artifact in {args[1]}: {e}", file=sys.stderr)
+            return 2
+    else:
+        print(USAGE, file=sys.stderr)
+        return 2
+    return 0
 
 
 MEMORY_KNOBS = {  # of each stage, by the first word of its name
@@ -4507,13 +4727,8 @@ def after_restart(cfg: Config, run: Run) -> Config:
 
 def main() -> int:
     """Exit code 0: scored within the budgets; 1: failed; 2: bad settings or input; 3: scored, but over a budget."""
-    if "--help" in sys.argv or "-h" in sys.argv:
-        print_help()
-        return 0
-    if "--size" in sys.argv:
-        rest = sys.argv[sys.argv.index("--size") + 1 :]
-        print_sizes(rest[0] if rest else None)
-        return 0
+    if sys.argv[1:]:
+        return obey_arguments(sys.argv[1:])
     first = os.environ.get("RANK", "0") == "0"
     try:
         cfg = load_config(os.environ)
@@ -4548,11 +4763,290 @@ def play(cfg: Config, first: bool) -> int:
         return died(run, f"{type(e).__name__} in {run.stage_name or 'preparation'}: {str(e)[:200]}")
     except Interrupted as stop:
         name = signal.Signals(stop.args[0]).name
-        run.log(f"stopped by {name}: the finished stages are in {run.folder}, FROM_STAGE goes on from them")
+        run.log(f"stopped by {name}: FROM_STAGE goes on from the finished stages in {run.folder}, with the same knobs")
         return 128 + stop.args[0]
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# 14. SWITCHES: follow-up systems that act inside the model, all off; the record never comes here
+# --------------------------------------------------------------------------------------------------------------------
+class Switch:
+    """A follow-up system, turned on by its knob. Its methods are called where the pipeline says their names.
+
+    A subclass overrides those it needs; here they change nothing. Tensors and parameters of a switch are built after
+    all others and from random numbers of their own, so that runs with and without it differ by nothing else. A
+    submission carries only the switches that its run has on.
+    """
+
+    knob = ""
+
+    def __init__(self, cfg: Config):
+        self.cfg = cfg
+
+    def build(self, model: GPT) -> None:
+        """Adds parameters to the model; ROLES says how they train and where they are stored."""
+
+    def embed(self, model: GPT, x: Tensor, tokens: Tensor, tap: Tap | None) -> Tensor:
+        """x (B, T, D), the embedding of tokens (B, T), before its norm."""
+        return x
+
+    def attention(self, model: GPT, visit: Visit, ctx: Context) -> Context:
+        """What the attention of a visit works with."""
+        return ctx
+
+    def enter(self, model: GPT, visit: Visit, x: Tensor) -> Tensor:
+        """The stream (B, T, D) that a serial block gets."""
+        return x
+
+    def leave(self, model: GPT, visit: Visit, before: Tensor, x: Tensor) -> Tensor:
+        """The stream that a serial block gives, and the one before it, after the skip merge."""
+        return x
+
+    def schedule(self, fraction: float) -> None:
+        """Before each training step, and with 1 after the last."""
+
+    def line(self, model: GPT) -> str:
+        """For the training log, after the loss."""
+        return ""
+
+    def observe(self, model: GPT, val: ValidationSet, run: Run, step: int) -> None:
+        """At each validation during training, on rank 0."""
+
+
+SWITCH_KNOBS = (
+    "bigram_hash_enabled", "smear_gate_enabled", "recur_homotopy", "recur_alpha_enabled", "cross_pass_xsa_enabled",
+    "recur_diag_p2p_cos",
+)  # fmt: skip
+
+
+def switches(cfg: Config) -> list[Switch]:
+    """Those that are on, in the order of this section."""
+    return [kind(cfg) for kind in Switch.__subclasses__() if getattr(cfg, kind.knob)]
+
+
+def switch_rules(c: Config) -> list[tuple[bool, str]]:
+    """As `config_rules`, for the follow-up systems."""
+    try:
+        gains, alphas, stages = c.qk_gains, c.recur_alphas, c.loop_stages
+    except ValueError:
+        return [(True, "cannot read a list: give QK_GAIN_PER_LAYER as 2.3,2.9,..., RECUR_ALPHA_VALUES as 1 or as "
+                       "1,1.2;1,0.9 and LOOP_CURRICULUM as 0.35:1,0.6:2")]  # fmt: skip
+    here = {kind.knob for kind in Switch.__subclasses__()}
+    loops = [n for _, n in stages]
+    per_pass = c.recur_homotopy or c.recur_alpha_enabled or c.cross_pass_xsa_enabled or c.recur_diag_p2p_cos
+    shape = f"RECUR_ALPHA_VALUES needs {c.num_loops} rows of {c.looped_layers} numbers, or one number for all"
+    return [
+        *((getattr(c, knob) != 0 and knob not in here, f"this submission was built without {knob.upper()}")
+          for knob in SWITCH_KNOBS),
+        (len(gains) not in (0, c.num_layers), f"QK_GAIN_PER_LAYER needs {c.num_layers} numbers, has {len(gains)}"),
+        (bool(per_pass) and c.num_loops == 0, "RECUR_ and CROSS_PASS_ switches need NUM_LOOPS above 0"),
+        (c.recur_alpha_enabled and [len(row) for row in alphas] != [c.looped_layers] * c.num_loops, shape),
+        (stages != sorted(stages) or loops != sorted(loops) or loops[-1] != c.num_loops or loops[0] < min(loops[-1], 0),
+         f"LOOP_CURRICULUM must rise, in fractions and in passes, and end at NUM_LOOPS={c.num_loops}"),
+        (bool(c.loop_curriculum) and c.recur_homotopy, "choose one of LOOP_CURRICULUM and RECUR_HOMOTOPY"),
+        (c.recur_homotopy and not 0 < c.recur_homotopy_tau <= (1 - c.recur_homotopy_tmid) / 5,
+         "RECUR_HOMOTOPY_TAU must be above 0 and let the loop be whole, at TMID + 5 TAU, before training ends"),
+        (c.bigram_hash_enabled and min(c.bigram_hash_buckets, c.bigram_hash_dim) <= 0,
+         "BIGRAM_HASH_BUCKETS and BIGRAM_HASH_DIM must be above 0"),
+    ]  # fmt: skip
+
+
+def blend(before: Tensor, after: Tensor, weight: Tensor | float) -> Tensor:
+    """before + weight (after - before), in float32 and rounded once."""
+    return torch.lerp(before.float(), after.float(), weight).to(after.dtype)
+
+
+# PR #1648: fixed scalars of the record's eleven layers, found by training them; no score is public.
+XIELU = tuple(map(Xielu._make, zip(
+    (0.103, 0.196, 1.415, 1.196, 1.485, 1.546, 1.337, 1.727, 1.495, 0.988, 0.917),
+    (0.126, 0.07, 0.0, 0.0, 0.0, 0.002, 0.017, 0.067, 0.005, 0.058, 0.568),
+    (0.39, 0.578, 0.363, 0.491, 0.536, 0.548, 0.579, 0.983, 1.058, 0.935, 0.845),
+    (0.785, 0.638, 0.405, 0.377, 0.314, 0.289, 0.313, 0.571, 0.42, 0.286, 0.52), strict=True,
+)))  # fmt: skip
+
+
+def xielu_of(layer: int, n_layers: int) -> Xielu:
+    """The scalars of that depth: those of PR #1648 are for eleven layers."""
+    return XIELU[round(layer * (len(XIELU) - 1) / max(n_layers - 1, 1))]
+
+
+class BigramHash(Switch):
+    """A table of hashed token pairs, projected and added to the embedding (PR #1716); nothing at first.
+
+    Of #1716 itself nothing can be said: no optimizer group held its table, which stayed zero. A port that trained it
+    lost 0.0025 bpb at the end of training. A document's first token is paired with itself.
+    """
+
+    knob = "bigram_hash_enabled"
+
+    def build(self, model: GPT) -> None:
+        c = self.cfg
+        embed, proj = (
+            nn.Embedding(c.bigram_hash_buckets, c.bigram_hash_dim),
+            torch.zeros(1, c.model_dim, c.bigram_hash_dim),
+        )
+        model.bigram = nn.ModuleDict(dict(embed=embed, proj=nn.ParameterDict(dict(weight=proj))))
+
+    def embed(self, model: GPT, x: Tensor, tokens: Tensor, tap: Tap | None) -> Tensor:
+        c = self.cfg
+        last = torch.where(tokens == BOS, tokens, torch.cat((tokens[:, :1], tokens[:, :-1]), dim=1))
+        row = (c.bigram_hash_prime_a * tokens ^ c.bigram_hash_prime_b * last) % c.bigram_hash_buckets
+        pair = F.embedding(row, model.bigram["embed"].weight)
+        if tap is not None:
+            tap("bigram", pair)
+        return x + F.linear(pair.to(x.dtype), model.bigram["proj"]["weight"][0].to(x.dtype))
+
+
+class SmearGate(Switch):
+    """Mixes a gated part of the previous token's embedding into each, never across documents (PR #1667, #1851)."""
+
+    knob = "smear_gate_enabled"
+
+    def build(self, model: GPT) -> None:
+        model.smear_gate = nn.Linear(self.cfg.gate_window, 1, bias=False)
+        nn.init.zeros_(model.smear_gate.weight)
+        model.smear_lambda = nn.Parameter(torch.zeros(1))
+
+    def embed(self, model: GPT, x: Tensor, tokens: Tensor, tap: Tap | None) -> Tensor:
+        w, strength = model.smear_gate.weight.to(x.dtype), model.smear_lambda.to(x.dtype)
+        gate = strength * F.linear(x[:, 1:, : self.cfg.gate_window], w).sigmoid()
+        gate = gate * (tokens[:, 1:, None] != BOS)  # a document's first token has no predecessor
+        return torch.cat((x[:, :1], x[:, 1:] + gate * x[:, :-1]), dim=1)
+
+
+class RecurHomotopy(Switch):
+    """Repeated visits come in along a sigmoid of the training fraction (PR #1663), which has no control run."""
+
+    knob = "recur_homotopy"
+    weight = 1.0
+
+    def schedule(self, fraction: float) -> None:
+        z = (fraction - self.cfg.recur_homotopy_tmid) / self.cfg.recur_homotopy_tau
+        self.weight = 1.0 if z >= 5 else 1 / (1 + math.exp(-max(z, -5.0)))
+
+    def leave(self, model: GPT, visit: Visit, before: Tensor, x: Tensor) -> Tensor:
+        return blend(before, x, self.weight) if visit.again and self.weight < 1 else x
+
+
+class RecurAlpha(Switch):
+    """A repeated visit moves the stream by alpha times what its layer would (PR #1714); 1 is the record, 0 skips it.
+
+    alpha is float32 wherever it is used: in every public run it was rounded to bfloat16. None of those, 1.06622 to
+    1.06900 bpb after test-time training, is better than ten runs without (1.06499, standard deviation 0.00074).
+    """
+
+    knob = "recur_alpha_enabled"
+    norm: Tensor | float = 0.0
+
+    def build(self, model: GPT) -> None:
+        values = torch.tensor(self.cfg.recur_alphas)
+        if self.cfg.recur_alpha_form == "learned":
+            model.recur_alpha = nn.Parameter(values)
+            model.recur_alpha.register_post_accumulate_grad_hook(self.keep_norm)
+        elif self.cfg.recur_alpha_form == "frozen":
+            model.register_buffer("recur_alpha", values)
+
+    def keep_norm(self, alpha: Tensor) -> None:
+        self.norm = alpha.grad.norm()
+
+    def leave(self, model: GPT, visit: Visit, before: Tensor, x: Tensor) -> Tensor:
+        if not visit.again:
+            return x
+        table = self.cfg.recur_alphas if self.cfg.recur_alpha_form == "literal" else model.recur_alpha
+        return blend(before, x, table[visit.again - 1][visit.layer - self.cfg.loop_start])
+
+    def line(self, model: GPT) -> str:
+        if self.cfg.recur_alpha_form != "learned":
+            return ""
+        return f"recur_alpha: values={model.recur_alpha.tolist()} grad_norm={float(self.norm):.6f}"
+
+
+class CrossPassXsa(Switch):
+    """In a repeated visit each head drops beta times its component along what it wrote in the pass before.
+
+    An idea of the follow-up study that it never ran; beta starts at zero.
+    """
+
+    knob = "cross_pass_xsa_enabled"
+
+    def build(self, model: GPT) -> None:
+        model.recur_xsa_beta = nn.Parameter(torch.zeros(self.cfg.num_loops, self.cfg.looped_layers, self.cfg.num_heads))
+        self.kept: dict[int, Tensor] = {}
+
+    def attention(self, model: GPT, visit: Visit, ctx: Context) -> Context:
+        at = visit.layer - self.cfg.loop_start
+        if not model.looped or not 0 <= at < self.cfg.looped_layers:
+            return ctx
+
+        def echo(y: Tensor) -> Tensor:
+            if visit.again:
+                unit = F.normalize(self.kept.pop(visit.layer), dim=-1)
+                beta = model.recur_xsa_beta[visit.again - 1, at].to(y.dtype).unsqueeze(-1)
+                y = y - beta * (y * unit).sum(-1, keepdim=True) * unit
+            if visit.again < model.looped:
+                self.kept[visit.layer] = y
+            return y
+
+        return ctx._replace(echo=echo)
+
+
+class PassSimilarity(Switch):
+    """Compares what a looped layer does in a pass with what it did in the one before, on validation rows.
+
+    Cosines are means over tokens: of the steps delta = block(x) - x, of the outputs, and of each head's output. It
+    runs without gradients beside the training, which it cannot change. No public run has ever had it on.
+    """
+
+    knob = "recur_diag_p2p_cos"
+    active = False
+
+    def attention(self, model: GPT, visit: Visit, ctx: Context) -> Context:
+        if not self.active:
+            return ctx
+        before = ctx.echo or (lambda y: y)
+
+        def echo(y: Tensor) -> Tensor:
+            y = before(y)
+            self.compare(visit, heads=y.float())
+            return y
+
+        return ctx._replace(echo=echo)
+
+    def leave(self, model: GPT, visit: Visit, before: Tensor, x: Tensor) -> Tensor:
+        if self.active:
+            self.compare(visit, delta=x.float() - before.float(), output=x.float())
+        return x
+
+    def compare(self, visit: Visit, **now: Tensor) -> None:
+        for name, y in now.items():
+            past = self.past.get((visit.layer, name))
+            self.past[visit.layer, name] = y
+            if past is not None:
+                key = visit.again, visit.layer
+                cosine = F.cosine_similarity(y, past, dim=-1)
+                mean = cosine.flatten(0, -2).mean(0) if name == "heads" else cosine.mean()
+                self.sums.setdefault((f"cos_{name}", *key), []).append(mean)
+                if name == "delta":
+                    self.sums.setdefault(("norm_ratio", *key), []).append(y.norm() / past.norm().clamp_min(1e-30))
+
+    @torch.no_grad()
+    def observe(self, model: GPT, val: ValidationSet, run: Run, step: int) -> None:
+        self.sums: dict[tuple, list[Tensor]] = {}
+        self.active, n = True, self.cfg.eval_seq_len
+        for r in range(min(self.cfg.recur_diag_p2p_cos, (val.n_targets - 1) // n + 1)):
+            self.past: dict[tuple, Tensor] = {}
+            inputs, _, docs = sent_row(*host_row(val.tokens[r * n : (r + 1) * n + 1], n), run.device)
+            model(inputs, docs=docs)
+        self.active, self.past = False, {}
+        rows = [dict(what=what, again=again, layer=layer, value=torch.stack(values).mean(0).tolist())
+                for (what, again, layer), values in self.sums.items()]  # fmt: skip
+        if rows:
+            run.metric("p2p_cos", step=step, rows=rows)
+            text = " ".join(f"{r['again']}.L{r['layer']}:{r['value']:.4f}" for r in rows if r["what"] == "cos_delta")
+            run.log(f"p2p_cos: {text}")
 
 
 if __name__ == "__main__":

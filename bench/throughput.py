@@ -233,7 +233,7 @@ def mix_for(b: Bench) -> np.ndarray:
 
 
 def mix_batch(b: Bench) -> Batch:
-    return train_gpt.to_device(train_gpt.packed_row(mix_for(b), b.cfg.train_seq_len), b.device)
+    return train_gpt.packed_row(mix_for(b), b.cfg.train_seq_len, b.device)
 
 
 def write_shard(path: Path, values: np.ndarray) -> None:
@@ -594,7 +594,7 @@ def training(b: Bench, cfg: Config) -> Training:
     model = random_model(b)
     optimizer, average = train_gpt.Optimizer(model, cfg, b.run), WeightAverage(model, cfg.ema_decay)
     watch, progress = train_gpt.Stopwatch(), train_gpt.Progress(step=10)  # the first five steps are logged at once
-    log = train_gpt.TrainLog(cfg, b.run, watch)
+    log = train_gpt.TrainLog(model, b.run, watch)
 
     def turn(loader: TrainLoader) -> None:
         b.run.agree(watch.seconds(), b.run.stop_signal)

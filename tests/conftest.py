@@ -34,4 +34,5 @@ def minified() -> str:
     """The program as the submission holds it; making it takes seconds."""
     import train_gpt
 
-    return train_gpt.minify(Path(train_gpt.__file__).read_text())
+    source = Path(train_gpt.__file__).read_text()
+    return train_gpt.minify(train_gpt.without_switches(source, train_gpt.Config()))

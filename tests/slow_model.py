@@ -11,6 +11,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
+import train_gpt
 from train_gpt import BOS, Config
 
 Array = np.ndarray
@@ -45,8 +46,10 @@ class SlowModel:
     def __init__(self, cfg: Config, state: Mapping[str, Array], looped: bool):
         self.c, self.looped = cfg, looped
         self.w = {name: np.asarray(x, np.float64) for name, x in state.items()}
+        self.heads: dict[tuple[int, int, int], Array] = {}  # (layer, token, head) -> its output in the pass before
 
-    def attention(self, n: Array, layer: int, pieces: list[int], base: float) -> Array:
+    def attention(self, n: Array, layer: int, pieces: list[int], base: float, again: int | None) -> Array:
+        """again: earlier passes through this layer, None for a layer outside the loop."""
         c, w, size = self.c, self.w, self.c.model_dim // self.c.num_heads
         raw = n @ w["qo_bank"][layer].T
         queries = raw.reshape(len(n), c.num_heads, size)
@@ -64,6 +67,12 @@ class SlowModel:
                 if layer >= c.num_layers - c.xsa_last_n:
                     own = values[t, g] / np.linalg.norm(values[t, g])
                     y = y - (y @ own) * own
+                if c.cross_pass_xsa_enabled and again is not None:
+                    if again:
+                        last = self.heads[layer, t, h]
+                        beta = w["recur_xsa_beta"][again - 1, layer - c.loop_start, h]
+                        y = y - beta * (y @ last) / max(last @ last, 1e-24) * last  # a lone own value leaves zero
+                    self.heads[layer, t, h] = y
                 if c.attn_out_gate_enabled:
                     source = raw[t] if c.attn_out_gate_src == "q" else n[t]
                     gate = w[f"blocks.{layer}.attn.attn_gate_proj.weight"][h] @ source[: c.gate_window]
@@ -75,10 +84,20 @@ class SlowModel:
 
     def mlp(self, n: Array, layer: int) -> Array:
         h = n @ self.w["mlp_up_bank"][layer].T
-        return np.where(h > 0, h**2, h**2 / 4) @ self.w["mlp_down_bank"][layer].T
+        f = np.where(h > 0, h**2, h**2 / 4)
+        if self.c.xielu_enabled:
+            a_p, b_p, a_n, b_n = train_gpt.xielu_of(layer, self.c.num_layers)
+            f = np.where(h > 0, a_p * h**2 + b_p * h, a_n * h**2 + b_n * h)
+        return f @ self.w["mlp_down_bank"][layer].T
 
     def embedding(self, tokens: list[int]) -> Array:
         x = self.w["tok_emb.weight"][tokens]
+        if self.c.bigram_hash_enabled:
+            c = self.c
+            for t, token in enumerate(tokens):
+                last = token if t == 0 or token == BOS else tokens[t - 1]
+                row = (c.bigram_hash_prime_a * token ^ c.bigram_hash_prime_b * last) % c.bigram_hash_buckets
+                x[t] += self.w["bigram.proj.weight"][0] @ self.w["bigram.embed.weight"][row]
         if self.c.smear_gate_enabled:
             raw = x.copy()
             for t in range(1, len(tokens)):
@@ -111,8 +130,10 @@ class SlowModel:
                     x = gate * x + (1 - gate) * skip
                 else:
                     x = x + skip
+            again = (encoder + decoder)[:position].count(layer) if c.loop_start <= layer <= c.loop_end else None
+            before = x
             mixed = mix[0] * x + mix[1] * x0
-            a = attn_scale * self.attention(depth * norm(mixed), layer, pieces, base)
+            a = attn_scale * self.attention(depth * norm(mixed), layer, pieces, base, again)
             if lanes:
                 b = mlp_scale * self.mlp(depth * norm(mlp_lane), layer)
                 keep, post = w["parallel_resid_lambdas"][layer], w["parallel_post_lambdas"][layer]
@@ -121,6 +142,8 @@ class SlowModel:
             else:
                 x = mixed + a
                 x = x + mlp_scale * self.mlp(depth * norm(x), layer)
+                if c.recur_alpha_enabled and again:
+                    x = before + w["recur_alpha"][again - 1, layer - c.loop_start] * (x - before)
             if slot < 0:
                 kept.append(x)
         if mlp_lane is not None:

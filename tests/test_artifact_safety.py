@@ -88,7 +88,7 @@ def test_the_submission_holds_nothing_but_the_program(minified: str) -> None:
 
 def test_building_twice_gives_the_same_bytes(minified: str, tmp_path: Path) -> None:
     """By another process with another order of its sets, from another folder."""
-    code = "import pathlib, sys, train_gpt; train_gpt.build_submission(pathlib.Path('s'), b'artifact')"
+    code = "from train_gpt import *; build_submission(Path('s'), b'artifact', Config())"
     env = {"PYTHONPATH": str(ROOT), "PYTHONHASHSEED": "12345", "PATH": ""}
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, check=True, capture_output=True)
     assert (tmp_path / "s" / "train_gpt.py").read_bytes() == train_gpt.self_extracting(minified)

@@ -68,7 +68,7 @@ def test_packed_mix_is_log_normal() -> None:
 
 
 def test_packed_mix_makes_a_row_with_the_attention_work_of_the_targets() -> None:
-    inputs, targets, docs = train_gpt.packed_row(throughput.packed_mix(0), 2048)
+    inputs, targets, docs = train_gpt.packed_row(throughput.packed_mix(0), 2048, torch.device("cpu"))
     assert inputs.shape == targets.shape == (1, 98304)
     pieces = docs.cu_seqlens.diff().double()
     pieces = pieces[pieces > 0]

@@ -204,7 +204,8 @@ def test_combinations_near_the_refused_ones_work() -> None:
 def test_every_knob_is_read_somewhere() -> None:
     """A knob that only its own check reads does nothing."""
     tree = ast.parse((ROOT / "train_gpt.py").read_text())
-    read = {f"{m.clip}_clip_sigmas" for m in train_gpt.MATRICES.values()}  # a name built at run time
+    read = {kind.knob for kind in train_gpt.Switch.__subclasses__()}
+    read |= {f"{m.clip}_clip_sigmas" for m in train_gpt.MATRICES.values()}  # a name built at run time
     read.add("tie_embeddings")  # has one legal value, which the check explains
     for node in tree.body:
         if isinstance(node, ast.FunctionDef) and node.name == "config_rules":
@@ -241,3 +242,13 @@ def test_bad_settings_end_with_code_2_and_every_problem(
     err = capsys.readouterr().err
     assert "NUM_LAYERS" in err
     assert "MODEL_DIM?" in err
+
+
+@pytest.mark.parametrize("args", [["--hlp"], ["--help", "MODEL_DIM"], ["MODEL_DIM=64"], ["--size", "a", "b"]])
+def test_an_unknown_command_line_ends_with_code_2_and_the_usage(
+    args: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["train_gpt.py", *args])
+    assert train_gpt.main() == 2
+    printed = capsys.readouterr()
+    assert printed.err.startswith("usage: train_gpt.py [--help | --size [RUN_FOLDER]]") and printed.out == ""

@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import TINY, TOKENIZER, LoneRun, documents, tiny_config, write_dataset, write_shard
+from support import CPU, TINY, TOKENIZER, LoneRun, documents, tiny_config, write_dataset, write_shard
 
 import train_gpt
 from train_gpt import (
@@ -110,12 +110,21 @@ def test_the_record_has_one_shape_of_boundaries() -> None:
 
 
 def test_targets_are_the_inputs_shifted_by_one() -> None:
-    inputs, targets, docs = train_gpt.packed_row(documents([5, 9, 3]), 4)
+    inputs, targets, docs = train_gpt.packed_row(documents([5, 9, 3]), 4, CPU)
     assert inputs.shape == targets.shape == (1, 16)
     assert inputs.dtype == targets.dtype == torch.int64
     assert torch.equal(inputs[0, 1:], targets[0, :-1])
     assert docs.cu_seqlens.unique().tolist() == [0, 4, 5, 9, 13, 14, 16]
     assert docs.max_len == 4
+
+
+def test_a_row_may_be_cut_elsewhere_than_at_documents() -> None:
+    tokens = documents([5, 9, 3])
+    rows = [train_gpt.packed_row(tokens, 8, CPU, edges) for edges in (None, np.array([0, 8]))]
+    (inputs, targets, docs), (same_inputs, same_targets, cut) = rows
+    assert torch.equal(inputs, same_inputs) and torch.equal(targets, same_targets)
+    assert cut.cu_seqlens.unique().tolist() == [0, 8, 16] != docs.cu_seqlens.unique().tolist()
+    assert cut.cu_seqlens.shape == docs.cu_seqlens.shape and cut.cu_seqlens.dtype == docs.cu_seqlens.dtype
 
 
 # ---- training stream -------------------------------------------------------------------------------------------------

@@ -197,6 +197,9 @@ MODELS: dict[str, dict[str, Any]] = {
     "narrow gates, smear": dict(attn_out_gate_enabled=True, smear_gate_enabled=True),
     "narrow gates read q": dict(attn_out_gate_enabled=True, attn_out_gate_src="q"),
     "all heads own": dict(num_kv_heads=4),
+    "narrow gates alone": dict(attn_out_gate_enabled=True, gated_attn_enabled=False),
+    "xielu": dict(xielu_enabled=True),
+    "bigram, alpha, passes": dict(bigram_hash_enabled=True, recur_alpha_enabled=True, cross_pass_xsa_enabled=True),
 }
 
 
@@ -232,7 +235,7 @@ def test_interpreted_model_is_the_plain_model(name: str, dense: bool) -> None:
 
 @needs_triton
 @interpreted
-@pytest.mark.parametrize("name", ["record", "narrow gates, smear", "one lane leaves"])
+@pytest.mark.parametrize("name", ["record", "narrow gates, smear", "narrow gates read q", "one lane leaves"])
 def test_interpreted_adapters_learn_the_same(name: str) -> None:
     """Frozen weights, low-rank pairs at every site: the path of test-time training."""
     tokens = torch.from_numpy(documents((8, 8)).astype("int64")).view(2, 8)

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support import LoneRun, documents, tiny_model
+from support import CPU, LoneRun, documents, tiny_model
 from test_ttt import looped_model, validation
 from thread_ranks import ThreadRun, on_ranks
 from torch import Tensor
@@ -214,7 +214,7 @@ def test_c2_test_time_training(monkeypatch: pytest.MonkeyPatch, switch: str) -> 
 def test_c2_plain_evaluation() -> None:
     model = tiny_model(smear_gate_enabled=True)
     tokens = documents((30, 9, 2, 17))
-    inputs, targets, docs = train_gpt.packed_row(tokens, model.cfg.eval_seq_len)
+    inputs, targets, docs = train_gpt.packed_row(tokens, model.cfg.eval_seq_len, CPU)
     with torch.no_grad():
         sums = sum(
             model(inputs, torch.full_like(targets, v), docs=docs, reduction="none").double().neg().exp()

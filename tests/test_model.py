@@ -14,7 +14,10 @@ from torch import Tensor
 import train_gpt
 from train_gpt import BOS, GPT, Adapters, Config, Docs, plan_depth, role_of
 
-EVERYTHING = dict(smear_gate_enabled=True, attn_out_gate_enabled=True)
+EVERYTHING = dict(
+    smear_gate_enabled=True, attn_out_gate_enabled=True, bigram_hash_enabled=True, bigram_hash_buckets=64,
+    bigram_hash_dim=8, recur_alpha_enabled=True, cross_pass_xsa_enabled=True,
+)  # fmt: skip
 
 
 def row(*lengths: int, seed: int = 3) -> Tensor:
@@ -32,6 +35,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "attention lane": dict(parallel_final_lane="attn", xsa_last_n=2),
     "mlp lane": dict(parallel_final_lane="mlp", xsa_last_n=0),
     "stretched rotation": dict(rope_yarn=True, train_seq_len=8, rope_dims=8),
+    "xielu": dict(xielu_enabled=True),
+    "three passes, all switches": dict(num_loops=2, loop_start=1, loop_end=3, **EVERYTHING),
     "three passes": dict(num_loops=2, loop_start=1, loop_end=3, logit_softcap=5.0, num_kv_heads=4),
 }
 
@@ -193,8 +198,8 @@ def test_a_tap_changes_nothing_and_sees_every_quantized_input(adapted: bool) -> 
     tapped = model(tokens, adapters=adapters, tap=lambda name, x: seen.setdefault(name, []).append(x))
     assert torch.allclose(tapped, model(tokens, adapters=adapters), atol=1e-6)
     d, f, n = model.cfg.model_dim, model.cfg.hidden_dim, model.cfg.num_layers
-    sites = {"attn_in": d, "attn_out": d, "mlp_in": d, "mlp_out": f}
-    assert set(seen) == {f"blocks.{i}.{site}" for i in range(n) for site in sites} | {"head"}
+    sites = {"attn_in": d, "attn_out": d, "mlp_in": d, "mlp_out": f, "bigram": model.cfg.bigram_hash_dim}
+    assert set(seen) == {f"blocks.{i}.{site}" for i in range(n) for site in list(sites)[:4]} | {"head", "bigram"}
     for name, xs in seen.items():
         passes = sum(f"blocks.{v.layer}." in name for v in model.plan) or 1
         assert [tuple(x.shape) for x in xs] == passes * [(1, 10, sites.get(name.split(".")[-1], d))]
@@ -251,7 +256,8 @@ def test_initial_values() -> None:
     model = GPT(tiny_config(vocab_size=2048, model_dim=64, **EVERYTHING))
     n, state = model.cfg.num_layers, model.state_dict()
     constants = {r"q_gain": 5.0, r"attn_scale|mlp_scale|skip_weights|post_lambdas": 1.0, r"skip_gates": 0.0,
-                 r"resid_lambdas": 1.1, r"attn_gate_proj|smear": 0.0}  # fmt: skip
+                 r"resid_lambdas": 1.1, r"attn_gate_proj|smear|bigram.proj|recur_xsa_beta": 0.0,
+                 r"recur_alpha": 1.0}  # fmt: skip
     seen = set()
     for pattern, value in constants.items():
         for name in filter(re.compile(pattern).search, state):
@@ -266,13 +272,16 @@ def test_initial_values() -> None:
     assert not state["mlp_down_bank"].any()
     for bank in (state["qo_bank"][:n], state["kv_bank"], state["mlp_up_bank"]):
         assert torch.allclose(torch.linalg.svdvals(bank), torch.ones(()), atol=1e-4)
-    assert seen | {"tok_emb.weight", "qo_bank", "kv_bank", "mlp_up_bank", "mlp_down_bank"} == set(state)
+    assert 0.9 < state["bigram.embed.weight"].std() < 1.1
+    drawn = {"tok_emb.weight", "bigram.embed.weight", "qo_bank", "kv_bank", "mlp_up_bank", "mlp_down_bank"}
+    assert seen | drawn == set(state)
 
 
 def test_optional_gates_are_the_identity_at_first() -> None:
     plain, gated = tiny_model(), GPT(tiny_config(**EVERYTHING))
     missing = gated.load_state_dict(plain.state_dict(), strict=False).missing_keys
-    assert len(missing) == 6 + 2
+    assert len(missing) == 6 + 2 + 2 + 1 + 1
+    gated.looped = plain.looped = True
     tokens = row(7, 6)
     assert torch.allclose(gated(tokens), plain(tokens), atol=1e-6)
 
@@ -286,6 +295,9 @@ INTENDED = {
     r"skip_(weights|gates)": SCALAR,
     r"parallel_(post|resid)_lambdas": SCALAR,
     r"smear_(gate\.weight|lambda)": SCALAR,
+    r"bigram\.embed\.weight": ("embed", "float32", "gptq"),
+    r"bigram\.proj\.weight": ("muon", "float32", "float16"),
+    r"recur_(alpha|xsa_beta)": SCALAR,
 }
 
 

@@ -135,7 +135,7 @@ def test_steps_are_those_of_the_plain_formulas() -> None:
                 lr, step = 0.026 * lr_mul, muon_update(g, buffers[n], momentum, 5, row_normalize=True)
                 before[n] = before[n] * (1 - lr * 0.095) - lr * step
                 continue
-            lr, decay = ((0.03, 0.085) if n == "tok_emb.weight" else (0.02, 0.02))
+            lr, decay = (0.03, 0.085) if n == "tok_emb.weight" else (0.02, 0.02)
             lr *= lr_mul
             m, v = state[n]
             m.mul_(0.9).add_(0.1 * g)
@@ -346,7 +346,7 @@ def test_priming_rolls_everything_back(dataset: Path, trained: bool) -> None:
     assert equal(optimizer.state_dict()["momentum"], state["momentum"])
     after, before = optimizer.state_dict()["adam"], state["adam"]
     assert equal(after["state"], before["state"])
-    assert model.looped is False
+    assert model.looped == 0
     assert all(p.grad is None for p in model.parameters())
 
 

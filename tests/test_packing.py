@@ -261,7 +261,7 @@ LIES: dict[str, Callable[[dict[str, Any]], Any]] = {
     "other compressor": set_key("compressor", "zstd"),
     "unknown compressor": set_key("compressor", "rar"),
     "compressor that is a list": set_key("compressor", []),
-    "loop that is a number": set_key("looped", 1),
+    "loop that is text": set_key("looped", "1"),
     "settings that are a list": set_key("config", []),
     **{f"no {key}": lambda h, key=key: h.pop(key) and None for key in ("tensors", "compressor", "config", "pieces")},
     "header that is a list": lambda h: [h],
@@ -381,7 +381,7 @@ def test_the_submitted_program_runs_alone(minified: str, tmp_path: Path) -> None
 
 def test_the_minified_module_is_the_same_model(minified: str, tmp_path: Path) -> None:
     (tmp_path / "tiny_train_gpt.py").write_text(minified)
-    model = tiny_model(smear_gate_enabled=True, attn_out_gate_enabled=True)
+    model = tiny_model(attn_out_gate_enabled=True)
     model.looped = True
     knobs = {f.name.upper(): getattr(model.cfg, f.name) for f in fields(Config)}
     env = {k: str(int(v) if isinstance(v, bool) else v) for k, v in knobs.items() if v != ""}
@@ -424,8 +424,43 @@ def test_the_submission_folder_is_what_counts(
     artifact: bytes, minified: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(train_gpt, "minify", lambda source: minified)  # takes seconds, and has been done
-    sizes = train_gpt.build_submission(tmp_path / "submission", artifact)
+    sizes = train_gpt.build_submission(tmp_path / "submission", artifact, Config())
     files = {p.name: p.stat().st_size for p in (tmp_path / "submission").iterdir()}
     assert files == {"train_gpt.py": sizes["code"], train_gpt.ARTIFACT_NAME: len(artifact)}
     assert sizes["total"] == sum(files.values())
     assert (tmp_path / "submission" / train_gpt.ARTIFACT_NAME).read_bytes() == artifact
+
+
+def test_sizes_by_part(
+    artifact: bytes, minified: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Parts of the program are compressed alone and sum to more; those of the artifact and its header sum to it."""
+    source = Path(train_gpt.__file__).read_text()
+    monkeypatch.setattr(train_gpt, "minify", lambda text: minified if text == source else text[: len(text) // 2])
+    assert train_gpt.obey_arguments(["--size"]) == 0
+    alone = capsys.readouterr().out.splitlines()
+    assert "sum to more" in alone[3] and alone[-1].endswith("make size RUN=runs/demo")
+
+    (tmp_path / train_gpt.ARTIFACT_NAME).write_bytes(artifact)
+    assert train_gpt.obey_arguments(["--size", str(tmp_path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[: len(alone) - 1] == alone[:-1]
+    total, note, *parts, headroom = lines[len(alone) - 1 :]
+    assert total.split() == [f"{tmp_path}/{train_gpt.ARTIFACT_NAME}", str(len(artifact))]
+    body = artifact[len(MAGIC) + 32 :]
+    header = len(MAGIC) + 32 + 4 + int.from_bytes(body[:4], "little")
+    assert note == "of which, beside its header:"
+    assert sum(int(line.split()[1]) for line in parts) == len(artifact) - header
+    program = len(train_gpt.self_extracting(minified))
+    assert headroom.split() == ["headroom", str(train_gpt.ARTIFACT_LIMIT - program - len(artifact))]
+
+
+@pytest.mark.parametrize("content", [None, b"something else"])
+def test_sizes_of_a_folder_without_an_artifact(
+    content: bytes | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if content:
+        (tmp_path / train_gpt.ARTIFACT_NAME).write_bytes(content)
+    assert train_gpt.obey_arguments(["--size", str(tmp_path)]) == 2
+    printed = capsys.readouterr()
+    assert f"cannot read an artifact in {tmp_path}: " in printed.err and printed.out == ""

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from pipeline_tools import KNOBS, TINY, UNMINIFIED, Finished, Launch, make_shards, run, tiny, together
-from support import ROOT, LoneRun, write_shard
+from support import CPU, ROOT, LoneRun, write_shard
 from torch import Tensor
 
 import train_gpt
@@ -167,7 +167,7 @@ def test_the_result_block_ends_log_and_output(full: Finished) -> None:
     for label, key in (("float (EMA)", "bpb_float"), ("quantized", "bpb_quantized"), ("after TTT", "bpb_ttt")):
         assert f"| {label} | {r[key]:.5f} |" in block
     assert f"| artifact bytes | {r['total_bytes']} | 16000000 | pass |" in block
-    assert re.search(r"^\| train \+ calibration seconds \| \d+\.\d \| 600 \| pass \|$", block, re.M)
+    assert re.search(r"^\| train \+ calibration seconds \| \d+\.\d \| none set \| \|$", block, re.M)
     assert re.search(r"^\| evaluation seconds \| \d+\.\d \| 600 \| pass \|$", block, re.M)
     assert "seed 42, 12 steps" in block
 
@@ -364,6 +364,21 @@ def test_compressors_keep_every_tensor(variants: dict[str, Finished], full: Fini
     assert other.result["bpb_quantized"] == full.result["bpb_quantized"]
 
 
+@pytest.mark.parametrize(
+    ("knob", "seconds", "row", "kept"),
+    [(600, 600.0, "600.0 | 600 | pass", True), (600, 600.1, "600.1 | 600 | FAIL", False),
+     (9000, 7000.0, "7000.0 | 600 | FAIL", False), (0, 7000.0, "7000.0 | none set |", True)],
+)  # fmt: skip
+def test_training_seconds_have_a_limit_unless_the_run_goes_by_steps(
+    knob: int, seconds: float, row: str, kept: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "run.json").write_text("{}")
+    cfg = settings_of({"MAX_WALLCLOCK_SECONDS": knob})
+    result = dict(train_seconds=seconds - 1, calibrate_seconds=1, peak_memory_mib=1)
+    assert train_gpt.report(cfg, LoneRun(tmp_path), result) is kept
+    assert f"| train + calibration seconds | {row} |" in capsys.readouterr().out
+
+
 def test_too_many_bytes_are_an_error_after_the_score(variants: dict[str, Finished]) -> None:
     large = variants["too large"]
     assert large.code == 3
@@ -393,16 +408,16 @@ def bpb_of_artifact(blob: bytes, place: Place, looped: bool) -> float:
 
 
 def test_inference_runs_without_a_loop_that_was_never_trained(unlooped: Finished, place: Place) -> None:
-    assert train_gpt.unpack(unlooped.artifact)[1] is False
-    assert unlooped.result["looped"] is False
-    assert "artifact: looped=False" in unlooped.output and "layer_loop:enabled" not in unlooped.output
+    assert train_gpt.unpack(unlooped.artifact)[1] == 0
+    assert unlooped.result["looped"] == 0
+    assert "artifact: looped=0" in unlooped.output and "layer_loop:enabled" not in unlooped.output
     assert unlooped.result["bpb_quantized"] == pytest.approx(bpb_of_artifact(unlooped.artifact, place, False), rel=1e-5)
     assert unlooped.result["bpb_quantized"] != pytest.approx(bpb_of_artifact(unlooped.artifact, place, True), rel=1e-3)
     assert unlooped.result["bpb_ttt"] == pytest.approx(unlooped.result["bpb_quantized"], rel=0.05)
 
 
 def test_a_trained_loop_is_used_at_inference(full: Finished, place: Place) -> None:
-    assert train_gpt.unpack(full.artifact)[1] is True
+    assert train_gpt.unpack(full.artifact)[1] == 1
     assert full.result["bpb_quantized"] == pytest.approx(bpb_of_artifact(full.artifact, place, True), rel=1e-5)
 
 
@@ -499,7 +514,7 @@ def test_a_killed_run_ends_in_the_same_weights(ended: dict[str, Any], full: Fini
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_stopped_run_can_go_on(ended: dict[str, Any], number: signal.Signals, world: int) -> None:
     stopped, resumed = ended[f"{number.name} {world}"]
-    says = rf"^stopped by {number.name} at step (\d+): RESUME=1 RUN_DIR={stopped.folder} goes on$"
+    says = rf"^stopped by {number.name} at step (\d+): RESUME=1 RUN_DIR={stopped.folder} goes on, with the same knobs$"
     sentence = re.search(says, stopped.output, re.M)
     assert sentence, stopped.output
     step = int(sentence[1])
@@ -520,7 +535,8 @@ def test_a_stopped_run_can_go_on(ended: dict[str, Any], number: signal.Signals, 
 def test_a_signal_while_scoring_ends_the_run(ended: dict[str, Any]) -> None:
     scoring = ended["scoring"]
     assert scoring.code == 128 + signal.SIGTERM
-    assert re.search(r"^stopped by SIGTERM: ", scoring.output, re.M)
+    says = rf"^stopped by SIGTERM: FROM_STAGE goes on from the .* in {scoring.folder}, with the same knobs$"
+    assert re.search(says, scoring.output, re.M)
     assert not SENTENCE.search(scoring.output), scoring.output
 
 
@@ -568,8 +584,17 @@ def refused(place: Place, full: Finished) -> dict[str, Finished]:
     hiding.mkdir()
     (hiding / "sitecustomize.py").write_text(HIDING)
 
-    def weights(name: str) -> Path:
-        return folder_with(full, root / name, "01_weights.pt")
+    unmarked = Path(shutil.copytree(place.val_only, root / "unmarked"))
+    tokens = train_gpt.read_shard(unmarked / "fineweb_val_000000.bin")
+    write_shard(unmarked / "fineweb_val_000000.bin", [t + (t == train_gpt.BOS) for t in tokens])
+    artifact = root / "flipped.ptz"
+    artifact.write_bytes(full.artifact[:-1] + bytes([full.artifact[-1] ^ 1]))
+
+    def weights(name: str, file: str = "01_weights.pt", size: int | None = None) -> Path:
+        """A run folder of before: its weights, under another name or cut short if asked for, and its run.json."""
+        folder = folder_with(full, root / name, "01_weights.pt", "run.json")
+        (folder / file).write_bytes((folder / "01_weights.pt").read_bytes()[:size])
+        return folder
 
     packages = {"PYTHONPATH": hiding, "HIDDEN_PACKAGES": "brotli,python_minifier,zstandard,sentencepiece"}
     return together({
@@ -580,7 +605,14 @@ def refused(place: Place, full: Finished) -> dict[str, Finished]:
         "packages": lambda: run(root / "packages", place.data, dict(fresh=True), COMPRESSOR="zstd", **packages),
         "no data": lambda: run(root / "no_data", root / "hiding", VOCAB_SIZE=4096),
         "other model": lambda: run(
-            weights("other_model"), place.data, FROM_STAGE="calibrate", MLP_MULT=3, LOOP_END=2),
+            weights("other_model", "02_hessians.pt"), place.data, FROM_STAGE="quantize", MLP_MULT=3, LOOP_END=2),
+        "other checkpoint": lambda: run(
+            weights("other_checkpoint", "checkpoint.pt"), place.data, RESUME=1, MLP_MULT=3),
+        "broken weights": lambda: run(weights("broken_weights", size=5000), place.data, FROM_STAGE="calibrate"),
+        "broken artifact": lambda: run(root / "fresh4", place.val_only, EVAL_ONLY_ARTIFACT=artifact),
+        "other state dict": lambda: run(
+            root / "fresh5", place.data, EVAL_ONLY_CHECKPOINT=full.folder / "final_model.pt", MLP_MULT=3),
+        "no documents": lambda: run(root / "fresh6", unmarked, EVAL_ONLY_ARTIFACT=full.folder / ARTIFACT_NAME),
         "no Hessians": lambda: run(weights("no_hessians"), place.data, FROM_STAGE="quantize"),
         "no checkpoint": lambda: run(root / "fresh", place.data, RESUME=1),
         "no artifact": lambda: run(root / "fresh2", place.data, EVAL_ONLY_ARTIFACT=root / "absent.ptz"),
@@ -607,14 +639,19 @@ REFUSALS = {  # what each of them has to say, all of it at once
         for name in ("brotli", "python-minifier", "zstandard", "sentencepiece")
     ],
     "no data": [
-        r"no fineweb_val_\*\.bin in .*: set DATA_PATH",
+        r"no fineweb_val_\*\.bin in .*: set DATA_PATH, .*make demo",
         r"no fineweb_train_\*\.bin in .*: set DATA_PATH",
         r"caseops_8192\.model has 8192 pieces but VOCAB_SIZE is 4096",
     ],
     "other model": [
         r"01_weights\.pt belongs to another model: .*MLP_MULT=2\.0 there, 3\.0 here",
-        r"LOOP_END=1 there, 2 here",
+        r"LOOP_END=1 there, 2 here.*; set the knobs of that run \(its run\.json has them\)$",
     ],
+    "other checkpoint": [r"checkpoint\.pt belongs to another model: MLP_MULT=2\.0 there, 3\.0 here; set the knobs"],
+    "broken weights": [r"FROM_STAGE=calibrate cannot read .*01_weights\.pt \(\w+\): start from an earlier stage"],
+    "broken artifact": [r"cannot use this artifact: "],
+    "other state dict": [r"final_model\.pt does not fit the settings: "],
+    "no documents": [r"the validation shards hold no document start"],
     "no Hessians": [r"02_hessians\.pt.* not there"],
     "no checkpoint": [r"RESUME=1 needs .*checkpoint\.pt, which is not there"],
     "no artifact": [r"EVAL_ONLY_ARTIFACT needs .*absent\.ptz, which is not there"],
@@ -626,15 +663,27 @@ REFUSALS = {  # what each of them has to say, all of it at once
 def test_a_run_that_cannot_work_does_not_start(refused: dict[str, Finished], case: str) -> None:
     end = refused[case]
     assert end.code == 2
-    assert [s for s in REFUSALS[case] if not re.search(s, end.output)] == [], end.output
+    assert [s for s in REFUSALS[case] if not re.search(s, end.output, re.M)] == [], end.output
     assert not SENTENCE.search(end.output), end.output
     assert not re.search(r"warmup|train_loss|val_bpb|Hessians from", end.output), end.output
-    written = {p.name for p in end.folder.iterdir()} if end.folder.is_dir() else set()
-    assert written <= {"log.txt", "01_weights.pt", "run.json", "metrics.jsonl"}
 
 
-def test_settings_are_checked_before_anything_is_written(refused: dict[str, Finished]) -> None:
-    assert not refused["knobs"].folder.exists()
+@pytest.mark.parametrize("case", REFUSALS)
+def test_a_refused_run_writes_nothing_but_a_line_in_an_old_log(
+    refused: dict[str, Finished], full: Finished, case: str
+) -> None:
+    folder = refused[case].folder
+    if case in ("other model", "other checkpoint", "broken weights", "no Hessians"):
+        old = {"01_weights.pt", "02_hessians.pt", "checkpoint.pt", "run.json"}
+        assert {p.name for p in folder.iterdir()} <= old | {"log.txt"}
+        assert (folder / "run.json").read_bytes() == (full.folder / "run.json").read_bytes()
+        assert (folder / "log.txt").read_text().startswith("cannot start:")
+    else:
+        assert not folder.exists()
+
+
+def test_files_of_another_model_are_named_once(refused: dict[str, Finished]) -> None:
+    assert refused["other model"].output.count("belongs to another model") == 1
 
 
 def test_every_process_count_prints_a_refusal_once(refused: dict[str, Finished]) -> None:
@@ -670,3 +719,11 @@ def test_nothing_keeps_the_process_group(place: Place) -> None:
     knobs = dict(ITERATIONS=1, VAL_LOSS_EVERY=0, TTT_ENABLED=0)
     how = dict(script=script, fresh=True, world=2)
     assert run(place.root / "group", place.data, how, **knobs).codes == [0, 0]
+
+
+def test_a_single_process_needs_no_other_thread_to_talk_to_itself() -> None:
+    """There is no process group here. Its threads would make OpenMP threads, with which the cores are overcommitted."""
+    alone, value = train_gpt.Run(0, 1, CPU, torch.float32, None), torch.ones(3)
+    alone.barrier()
+    assert alone.agree(2.0) == [2.0]
+    assert alone.sum(value) is alone.same(value) is alone.gather(value)[0] is value

@@ -14,8 +14,16 @@ PUBLIC_LOG = Path(__file__).resolve().parents[2] / "shared" / "logs" / "public_1
 
 def train_row(step: int) -> dict[str, object]:
     """A run that takes 1 s a step for 10 steps and 2 s a step afterwards, with the loop on."""
-    return {"kind": "train", "t": 3.0 + step, "step": step, "loss": 9.0 - 0.1 * step, "lr_mul": 1.0,
-            "train_s": step + max(0, step - 10), "tokens": step * BATCH_TOKENS, "looped": step > 10}
+    return {
+        "kind": "train",
+        "t": 3.0 + step,
+        "step": step,
+        "loss": 9.0 - 0.1 * step,
+        "lr_mul": 1.0,
+        "train_s": step + max(0, step - 10),
+        "tokens": step * BATCH_TOKENS,
+        "looped": step > 10,
+    }
 
 
 ROWS = [
@@ -28,9 +36,20 @@ ROWS = [
     {"kind": "ttt", "phase": 1, "batch": 2, "docs": 4, "tokens": 100, "bytes": 300.0, "nats": 280.0},
     {"kind": "base_sgd", "phase": 1, "chunk": 1, "lr": 0.001, "loss": 2.9},
     {"kind": "ttt", "phase": 2, "batch": 1, "docs": 4, "tokens": 50, "bytes": 150.0, "nats": 140.0},
-    {"kind": "result", "bpb_float": 1.4, "bpb_quantized": 1.41, "bpb_ttt": 1.35, "artifact_bytes": 900_000,
-     "code_bytes": 30_000, "total_bytes": 930_000, "train_seconds": 30.0, "ttt_seconds": 7.5, "steps": 20, "seed": 42,
-     "gptq_seconds": None},
+    {
+        "kind": "result",
+        "bpb_float": 1.4,
+        "bpb_quantized": 1.41,
+        "bpb_ttt": 1.35,
+        "artifact_bytes": 900_000,
+        "code_bytes": 30_000,
+        "total_bytes": 930_000,
+        "train_seconds": 30.0,
+        "ttt_seconds": 7.5,
+        "steps": 20,
+        "seed": 42,
+        "gptq_seconds": None,
+    },
 ]
 
 
@@ -50,9 +69,19 @@ def cells_of(path: Path) -> dict[str, str]:
 
 def test_run_folder_gives_one_row(folder: Path) -> None:
     assert cells_of(folder) == {
-        "run": "demo", "seed": "42", "steps": "20", "tok/s before loop": "1,000", "after loop": "500",
-        "bpb float": "1.40000", "quantized": "1.41000", "after TTT": "1.35000", "artifact bytes": "900,000",
-        "code bytes": "30,000", "total bytes": "930,000", "train s": "30.0", "TTT s": "7.5",
+        "run": "demo",
+        "seed": "42",
+        "steps": "20",
+        "tok/s before loop": "1,000",
+        "after loop": "500",
+        "bpb float": "1.40000",
+        "quantized": "1.41000",
+        "after TTT": "1.35000",
+        "artifact bytes": "900,000",
+        "code bytes": "30,000",
+        "total bytes": "930,000",
+        "train s": "30.0",
+        "TTT s": "7.5",
     }
 
 
@@ -127,6 +156,17 @@ def test_log_alone_gives_interval_rates(tmp_path: Path) -> None:
 @pytest.mark.skipif(not PUBLIC_LOG.exists(), reason="the public log is not beside this checkout")
 def test_public_log_of_the_record() -> None:
     assert list(cells_of(PUBLIC_LOG).values()) == [
-        "public_1736_seed42", "42", "4854", "8,067,379", "5,505,538", "1.06907", "1.07847", "1.06610",
-        "15,950,809", "28,025", "15,978,834", "596.2", "396.9",
+        "public_1736_seed42",
+        "42",
+        "4854",
+        "8,067,379",
+        "5,505,538",
+        "1.06907",
+        "1.07847",
+        "1.06610",
+        "15,950,809",
+        "28,025",
+        "15,978,834",
+        "596.2",
+        "396.9",
     ]

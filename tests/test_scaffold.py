@@ -37,3 +37,10 @@ def test_make_help_lists_every_documented_target() -> None:
     command = ["make", "--no-print-directory", "help"]  # `make test` may itself be the caller
     listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert [line.split()[1] for line in listed.splitlines()] == phony
+
+
+def test_make_size_takes_a_run_folder() -> None:
+    """It is named only; nothing runs."""
+    command = ["make", "--no-print-directory", "--dry-run", "size", "RUN=runs/some_run"]
+    planned = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert planned.splitlines()[-1].endswith("train_gpt.py --size runs/some_run")
