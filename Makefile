@@ -28,17 +28,17 @@ FUZZ_SEED ?= 0
 STRESS_RUNS ?= 50
 STRESS_SEED ?= 0
 
-.PHONY: help setup demo test fuzz stress lint size bench readme clean
+.PHONY: help setup demo test fuzz stress lint size bench records readme clean
 
 help:  ## print this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-6s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-7s %s\n", $$1, $$2}' Makefile
 
 setup: $(DEV_READY)  ## make .venv and install what runs, tests and lint need
 
 demo: $(DEMO)/.prepared  ## the whole pipeline on a small model and real text, on the CPU, in minutes
 	@rm -rf runs/demo
 	@PRESET=demo DATA_PATH=$(DEMO_DATASET) TOKENIZER_PATH=$(TOKENIZER) RUN_DIR=runs/demo $(PY) train_gpt.py
-	@$(PY) read_logs.py runs/demo
+	@$(PY) read_logs.py runs/demo --plots runs/demo/plots --html runs/demo/report.html
 
 test: $(DEV_READY)  ## all tests; those marked gpu skip themselves without a GPU
 	@$(PY) -m pytest -q
@@ -58,6 +58,9 @@ size: $(RUN_READY)  ## bytes of the program by part, and with RUN=runs/demo thos
 bench: $(RUN_READY)  ## speed of data preparation, and of every part of training and scoring on this machine
 	@$(PY) bench/bench_text.py
 	@$(PY) bench/throughput.py
+
+records: $(RUN_READY)  ## write records/EXPERIMENTS.md from the run folders in records/
+	@$(PY) read_logs.py records/*/ --ledger records/EXPERIMENTS.md
 
 readme: $(DEV_READY)  ## write the knobs table of the README from the manual
 	@PYTHONPATH=. $(PY) tests/test_readme.py

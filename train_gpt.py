@@ -404,6 +404,7 @@ def config_rules(c: Config) -> list[tuple[bool, str]]:
         "rope_dims", "gate_window", "muon_backend_steps",
     )  # fmt: skip
     signs = [(getattr(c, k) <= 0, f"{k.upper()} must be above 0, not {getattr(c, k)}") for k in positive]
+    signs.append((not 0 <= c.num_loops <= 100, "NUM_LOOPS must lie in 0..100"))
     if any(bad for bad, _ in signs):
         return named + signs  # the rules below divide by these
     in_lanes = c.num_loops > 0 and 0 < c.parallel_start_layer <= c.loop_end
@@ -414,7 +415,6 @@ def config_rules(c: Config) -> list[tuple[bool, str]]:
         (c.model_dim % c.num_heads != 0, "MODEL_DIM must be divisible by NUM_HEADS"),
         (c.num_heads % c.num_kv_heads != 0, "NUM_HEADS must be divisible by NUM_KV_HEADS"),
         (c.rope_dims % 2 == 1 or c.rope_dims > c.head_dim, f"ROPE_DIMS must be even and at most {c.head_dim}"),
-        (not 0 <= c.num_loops <= 100, "NUM_LOOPS must lie in 0..100"),
         (c.num_loops > 0 and not 0 <= c.loop_start <= c.loop_end < c.num_layers,
          f"LOOP_START..LOOP_END must lie in 0..{c.num_layers - 1}"),
         (in_lanes, "a looped layer in the two-lane part loses a branch: set LOOP_END below PARALLEL_START_LAYER"),
@@ -434,14 +434,22 @@ def config_rules(c: Config) -> list[tuple[bool, str]]:
         (bool(c.from_stage or c.resume) and not (c.run_dir or c.artifact_dir), "FROM_STAGE and RESUME need RUN_DIR"),
         (bool(c.eval_only_checkpoint) + bool(c.eval_only_artifact) + bool(c.from_stage) + c.resume > 1,
          "choose one of EVAL_ONLY_CHECKPOINT, EVAL_ONLY_ARTIFACT, FROM_STAGE and RESUME"),
-        (c.deterministic and c.max_wallclock_seconds > 0 and not (c.from_stage or c.eval_only_artifact
-         or c.eval_only_checkpoint), "DETERMINISTIC=1 needs steps instead of a clock: set MAX_WALLCLOCK_SECONDS=0"),
-        (c.audit and "Audit" not in globals(), "this submission was built without AUDIT"),
-        (c.deterministic and c.attention in ("fa3", "fa4"),
-         f"ATTENTION={c.attention} sums gradients in any order: DETERMINISTIC=1 needs auto, varlen or sdpa"),
         (any(not b.strip().isdigit() for b in c.ttt_eval_batches.split(",")) and c.ttt_eval_batches != "",
          f"TTT_EVAL_BATCHES={c.ttt_eval_batches!r}: give batch numbers like 5,250,500"),
+        *proof_rules(c),
         *switch_rules(c),
+    ]  # fmt: skip
+
+
+def proof_rules(c: Config) -> list[tuple[bool, str]]:
+    """As `config_rules`, for DETERMINISTIC and AUDIT."""
+    trains = not (c.from_stage or c.eval_only_artifact or c.eval_only_checkpoint)
+    return [
+        (c.deterministic and trains and c.max_wallclock_seconds > 0,
+         "DETERMINISTIC=1 needs steps instead of a clock: set MAX_WALLCLOCK_SECONDS=0"),
+        (c.deterministic and c.attention in ("fa3", "fa4"),
+         f"ATTENTION={c.attention} sums gradients in any order: DETERMINISTIC=1 needs auto, varlen or sdpa"),
+        (c.audit and "Audit" not in globals(), "this submission was built without AUDIT"),
     ]  # fmt: skip
 
 
@@ -2173,14 +2181,6 @@ class Cache:
     def keep_rows(self, rows: Tensor) -> None:
         for past in self.pasts:
             past.keep_rows(rows)
-
-    def of_row(self, row: int) -> Cache:
-        """The past of one row alone."""
-        alone = Cache(len(self.pasts))
-        alone.seen = self.seen
-        for mine, past in zip(alone.pasts, self.pasts, strict=True):
-            mine.kept = past.kept and tuple(t[row : row + 1] for t in past.kept)
-        return alone
 
 
 class Context(NamedTuple):
@@ -4085,7 +4085,11 @@ class Audit:
         self, row: int, place: int, chunk: Chunk, losses: Tensor, adapters: Adapters, cache: Cache | None
     ) -> None:
         """The loss of every token at one place, asked of the code that scores, in pieces of the vocabulary."""
-        began, alone, past = time.monotonic(), copy.copy(adapters), cache and cache.of_row(row)
+        began, alone, past = time.monotonic(), copy.copy(adapters), cache and Cache(len(cache.pasts))
+        if cache:
+            past.seen = cache.seen
+            for mine, theirs in zip(past.pasts, cache.pasts, strict=True):
+                mine.kept = theirs.kept and tuple(t[row : row + 1] for t in theirs.kept)
         alone.tensors = {name: t[:, row : row + 1] for name, t in adapters.tensors.items()}
         nats = []
         for tokens in torch.arange(self.scorer.cfg.vocab_size, device=self.run.device).split(512):
@@ -4477,7 +4481,7 @@ def model_from_artifact(cfg: Config, run: Run, blob: bytes) -> GPT:
         state, looped, settings = unpack(blob)
         if read_header(blob)[0].get("tokenizer", "") not in ("", tokenizer_fingerprint(cfg)):
             raise ArtifactError(f"its tokens are those of another tokenizer than {cfg.tokenizer_file}")
-        if set(settings) - set(MODEL_FIELDS):
+        if any(k not in MODEL_FIELDS or type(v) is not type(getattr(Config(), k)) for k, v in settings.items()):
             raise ArtifactError("its settings are not those of a model")
         shape = {k: getattr(Config(), k) for k in MODEL_FIELDS} | settings
         mine = replace(cfg, **shape)
