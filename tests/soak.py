@@ -2,8 +2,8 @@
 
     PYTHONPATH=. python tests/soak.py [RUNS] [HOURS]      30 runs or 2 hours of the CPU demo, whichever ends first
 
-Watched are the exit code, that there is a finite score, the peak of memory, the files in the run folder, temporary files,
-shared memory, and processes of the run's session that outlive it. The data of the demo must be there (`make demo`).
+Watched are the exit code, that there is a finite score, the peak of memory, the files in the run folder, temporary
+files, shared memory, and processes of the run's session that outlive it. The demo's data must be there (`make demo`).
 """
 
 from __future__ import annotations
@@ -58,14 +58,11 @@ def shared_memory() -> int:
 
 
 def one(folder: Path, seed: int, command: Sequence[str], knobs: dict[str, Any]) -> Left:
-    """A run in a session and a temporary folder of its own."""
-    home, scratch = folder / f"seed{seed}", folder / f"tmp{seed}"
-    scratch.mkdir(parents=True)
-    env = (
-        os.environ
-        | {k: str(v) for k, v in knobs.items()}
-        | dict(SEED=str(seed), RUN_DIR=str(home), TMPDIR=str(scratch))
-    )
+    """A run in a session of its own; all share a folder for temporary files."""
+    home, scratch = folder / f"seed{seed}", folder / "tmp"
+    scratch.mkdir(parents=True, exist_ok=True)
+    mine = dict(SEED=seed, RUN_DIR=home, TMPDIR=scratch)
+    env = os.environ | {k: str(v) for k, v in (knobs | mine).items()}
     before = shared_memory()
     with open(folder / f"seed{seed}.txt", "wb") as output:
         run = subprocess.Popen(command, env=env, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
@@ -86,7 +83,7 @@ def faults(run: Left, first: Left) -> list[str]:
         (not math.isfinite(run.bpb), f"the score is {run.bpb}"),
         (run.peak_mib > GROWTH * first.peak_mib, f"peak memory {run.peak_mib} MiB, at first {first.peak_mib}"),
         (run.files != first.files, f"other files than at first: {sorted(run.files ^ first.files)}"),
-        (run.temporary > 0, f"{run.temporary} temporary files left"),
+        (run.temporary > first.temporary, f"{run.temporary} temporary files, at first {first.temporary}"),
         (run.shared > 0, f"{run.shared} pieces of shared memory left"),
         (run.processes > 0, f"{run.processes} processes still run"),
     ]
@@ -100,7 +97,7 @@ def soak(
     """Raises AssertionError with everything that went wrong; a run that has begun is finished."""
     began, done, wrong = time.monotonic(), [], []
     for seed in range(runs):
-        if time.monotonic() - began > 3600 * hours:
+        if done and time.monotonic() - began > 3600 * hours:
             break
         done.append(one(folder, seed, command, knobs))
         wrong += faults(done[-1], done[0])

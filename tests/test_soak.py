@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import soak
-from pipeline_tools import environment, make_shards, tiny
+from pipeline_tools import UNMINIFIED, environment, make_shards, tiny
 
 # A stand-in for a run: leaves what a run leaves, and from the second seed on a fault.
 RUN = """
@@ -24,7 +24,7 @@ FAULTS = {
     "result['bpb_ttt'] = float('nan')": "the score is nan",
     "result['peak_memory_mib'] = 130": "peak memory 130 MiB, at first 100",
     "(home / '.checkpoint.pt.12').touch()": "other files than at first: ['.checkpoint.pt.12']",
-    "pathlib.Path(os.environ['TMPDIR'], 'x').touch()": "1 temporary files left",
+    "pathlib.Path(os.environ['TMPDIR'], 'x').touch()": "1 temporary files, at first 0",
     "subprocess.Popen(['sleep', '5'])": "1 processes still run",
 }
 
@@ -46,7 +46,8 @@ def test_time_ends_a_soak(tmp_path: Path) -> None:
 def test_two_seeds_of_the_tiny_pipeline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(soak.os, "environ", environment({}))
     data = make_shards(tmp_path / "data", 0, 4_000, (5, 2, 6))
-    knobs = tiny(tmp_path, data, ITERATIONS=2, VAL_LOSS_EVERY=0, WARMUP_STEPS=0, GPTQ_CALIBRATION_BATCHES=1)
-    done = soak.soak(tmp_path, 2, 1.0, knobs=knobs)
+    knobs = tiny(tmp_path, data, ITERATIONS=2, VAL_LOSS_EVERY=0, WARMUP_STEPS=0, GPTQ_CALIBRATION_BATCHES=1,
+                 TTT_ENABLED=0, PYTHONPATH=soak.ROOT)  # fmt: skip
+    done = soak.soak(tmp_path, 2, 1.0, (sys.executable, "-c", UNMINIFIED["code"]), knobs)
     assert [r.seed for r in done] == [0, 1]
     assert done[0].bpb != done[1].bpb and {"log.txt", "01_weights.pt", "submission/train_gpt.py"} <= done[0].files
