@@ -32,7 +32,7 @@ SOAK_RUNS ?= 30
 SOAK_HOURS ?= 2
 AUDIT_FLAGS := --disable-pip --require-hashes --progress-spinner off --timeout 10
 
-.PHONY: help setup demo test fuzz stress soak lint size bench records readme clean
+.PHONY: help setup demo ablate test fuzz stress soak lint size bench records readme clean
 
 help:  ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-7s %s\n", $$1, $$2}' Makefile
@@ -43,6 +43,13 @@ demo: $(DEMO)/.prepared  ## the whole pipeline on a small model and real text, o
 	@rm -rf runs/demo
 	@PRESET=demo DATA_PATH=$(DEMO_DATASET) TOKENIZER_PATH=$(TOKENIZER) RUN_DIR=runs/demo $(PY) train_gpt.py
 	@$(PY) read_logs.py runs/demo --plots runs/demo/plots --html runs/demo/report.html
+
+# Any knob in the environment holds for every run. Without any it is the demo's model on the demo's data.
+ablate: export PRESET ?= demo
+ablate: export DATA_PATH ?= $(DEMO_DATASET)
+ablate: export TOKENIZER_PATH ?= $(TOKENIZER)
+ablate: $(if $(DATA_PATH),$(RUN_READY),$(DEMO)/.prepared)  ## SETTINGS="A=1 B=2,C=3": what each changes, over SEEDS="42 0"
+	@$(PY) ablate.py $(SETTINGS)
 
 test: $(DEV_READY)  ## all tests; those marked gpu skip themselves without a GPU
 	@$(PY) -m pytest -q

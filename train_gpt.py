@@ -61,6 +61,7 @@ import sys
 import time
 import traceback
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -163,26 +164,6 @@ class Config:
     parallel_final_lane: str = "mean"    # what leaves the lanes: mean, attn or mlp
     gated_attn_enabled: bool = True      # sigmoid gate per head, read from the attention input
     gated_attn_init_std: float = 0.005   # its initialization
-    attn_out_gate_enabled: bool = False  # narrow gate per head on the first GATE_WINDOW channels
-    attn_out_gate_src: str = "proj"      # what it reads: proj (the attention input) or q (the raw queries)
-    smear_gate_enabled: bool = False     # mix in the previous token's embedding, never across documents
-    gate_window: int = 12                # channels that the narrow gates read
-    qk_gain_per_layer: str = ""          # initial gains by layer, separated by commas; replaces QK_GAIN_INIT
-    xielu_enabled: bool = False          # the activation of PR #1648, its scalars by depth, instead of the leaky square
-    bigram_hash_enabled: bool = False    # add a hashed table of token pairs to the embedding; 425 KB in the artifact
-    bigram_hash_buckets: int = 16384     # its rows
-    bigram_hash_dim: int = 32            # and their width
-    bigram_hash_prime_a: int = 36313     # hash: PRIME_A * token XOR PRIME_B * previous token
-    bigram_hash_prime_b: int = 27191     # its second factor
-    loop_curriculum: str = ""            # extra passes by fraction, like 0.35:1,0.6:2; replaces ENABLE_LOOPING_AT
-    recur_homotopy: bool = False         # let the loop come in along a sigmoid of the fraction, not at once
-    recur_homotopy_tmid: float = 0.5     # its middle; it starts 5 TAU before and ends 5 TAU after
-    recur_homotopy_tau: float = 0.03     # its width
-    recur_alpha_enabled: bool = False    # a repeated visit moves the stream by alpha times what the layer would
-    recur_alpha_form: str = "learned"    # learned, frozen (stored with the weights) or literal (part of the settings)
-    recur_alpha_values: str = "1"        # start of alpha, one for all or NUM_LOOPS rows of looped layers: 1,1.2;1,0.9
-    cross_pass_xsa_enabled: bool = False  # heads drop a learned part of what they wrote in the pass before
-    recur_diag_p2p_cos: int = 0          # validation rows on which passes are compared at each validation; 0: none
 
     # Optimizer
     matrix_lr: float = 0.026             # Muon, all matrices
@@ -242,6 +223,47 @@ class Config:
     global_ttt_warmup_chunks: int = 0    # chunks it takes
     global_ttt_grad_clip: float = 1.0    # gradient norm
     global_ttt_respect_doc_boundaries: bool = True  # attention stays inside documents
+
+    # Follow-up systems, all off (what each is worth: LOG.md)
+    attn_out_gate_enabled: bool = False  # narrow gate per head on the first GATE_WINDOW channels
+    attn_out_gate_src: str = "proj"      # what it reads: proj (the attention input) or q (the raw queries)
+    smear_gate_enabled: bool = False     # mix in the previous token's embedding, never across documents
+    gate_window: int = 12                # channels that the narrow gates read
+    qk_gain_per_layer: str = ""          # initial gains by layer, separated by commas; replaces QK_GAIN_INIT
+    xielu_enabled: bool = False          # the activation of PR #1648, its scalars by depth, instead of the leaky square
+    bigram_hash_enabled: bool = False    # add a hashed table of token pairs to the embedding; 425 KB in the artifact
+    bigram_hash_buckets: int = 16384     # its rows
+    bigram_hash_dim: int = 32            # and their width
+    bigram_hash_prime_a: int = 36313     # hash: PRIME_A * token XOR PRIME_B * previous token
+    bigram_hash_prime_b: int = 27191     # its second factor
+    loop_curriculum: str = ""            # extra passes by fraction, like 0.35:1,0.6:2; replaces ENABLE_LOOPING_AT
+    recur_homotopy: bool = False         # let the loop come in along a sigmoid of the fraction, not at once
+    recur_homotopy_tmid: float = 0.5     # its middle; it starts 5 TAU before and ends 5 TAU after
+    recur_homotopy_tau: float = 0.03     # its width
+    recur_alpha_enabled: bool = False    # a repeated visit moves the stream by alpha times what the layer would
+    recur_alpha_form: str = "learned"    # learned, frozen (stored with the weights) or literal (part of the settings)
+    recur_alpha_values: str = "1"        # start of alpha, one for all or NUM_LOOPS rows of looped layers: 1,1.2;1,0.9
+    cross_pass_xsa_enabled: bool = False  # heads drop a learned part of what they wrote in the pass before
+    recur_diag_p2p_cos: int = 0          # validation rows on which passes are compared at each validation; 0: none
+    wd_taper_start_frac: float = 0.0     # fraction of training from which MUON_WD falls along a line; 0: it never does
+    wd_taper_final_mult: float = 0.5     # what is left of it at the end
+    muon_grad_power: float = 1.0         # Muon's gradient g becomes sign(g) |g|^p before its momentum
+    bpb_weighted_loss_enabled: bool = False  # weight training losses by the bytes of their tokens: a negative control
+    ttt_lora_layer_lr_alpha: float = 0.0  # adapters of layer l of L learn at TTT_LORA_LR * (1 + this * l / (L - 1))
+    lora_plus_ratio: float = 1.0         # learning rate of the adapters' B over that of A
+    ttt_lora_alpha: float = 0.0          # adapters add alpha / rank times B A; 0: B A, as the record
+    tapin_enabled: bool = False          # Tap-In: mix what followed a match earlier in the document into TTT's scores
+    tapin_min_match: int = 3             # tokens that have to match
+    tapin_max_match: int = 100           # longer matches count as this long
+    tapin_mix_w: float = 0.02            # share of the hint in the mixture, before it grows with match and votes
+    tapin_ent_min: float = 0.0           # only where the model's entropy is at least this, in nats
+    tapin_v4_top_k: int = 1000           # only tokens among the model's K most likely
+    tapin_cross_enabled: bool = True     # also match text of the document that has left the context window
+    tapin_v6_cross_w: float = 0.06       # TAPIN_MIX_W of such matches
+    eval_hash_emb_enabled: bool = False  # TTT: add a vector for each pair of neighbors, learned by the base SGD
+    eval_hash_emb_buckets: int = 16384   # vectors; pairs are hashed to them
+    eval_hash_emb_lr_mult: float = 10.0  # learning rate of both eval embeddings over GLOBAL_TTT_LR
+    eval_loop_emb_enabled: bool = False  # TTT: the same for each pass of the loop, where it enters LOOP_START
     # fmt: on
 
     @property
@@ -319,12 +341,30 @@ PRESETS: dict[str, dict[str, Any]] = {
     ),
 }  # fmt: skip
 
+IS_SUBMISSION = False  # a submission is this program without what only its makers need
+LEFT_OUT: dict[str, Any] = {}  # knobs that it lacks, and the values it was built for
+
 RETIRED = {  # names of the public script that never did, or no longer do, anything
     "EVAL_STRIDE": "no evaluation used it",
     "ROPE_TRAIN_SEQ_LEN": "ROPE_YARN uses TRAIN_SEQ_LEN",
     "EMBED_LR": "only an untied embedding used it; set TIED_EMBED_LR",
     "CONTROL_TENSOR_NAME_PATTERNS": "the ROLES table decides what trains how",
+    "TAPIN_V4_ENTROPY_MAX": "nothing was ever compared with it",
     "MATRIX_CLIP_SIGMAS": "every matrix has a knob of its own: ATTN_, MLP_ or EMBED_CLIP_SIGMAS",
+}
+
+REFUSED = {  # public names that would have to do something, and why they cannot, or what does it here
+    "TTT_WARM_START_A": "which batches a rank scored before would decide what a document's adapters start from, so the "
+    "score would depend on the number of ranks and on their speed: leave it out",
+    "TAPIN_TOP_K": "set TAPIN_V4_TOP_K, the name that the public program read",
+    "TAPIN_CROSS_W": "set TAPIN_V6_CROSS_W, the name that the public program read",
+    "TAPIN_BOOST_PER_MATCH": "set TAPIN_MIX_W, the name that the public program read",
+    "TAPIN_V4_BOOST_PER_MATCH": "set TAPIN_MIX_W",
+    "TAPIN_V4_ENABLED": "set TAPIN_ENABLED",
+    "TAPIN_V4_ENTROPY_MIN": "set TAPIN_ENT_MIN",
+    "TAPIN_V4_MIN_MATCH": "set TAPIN_MIN_MATCH",
+    "TAPIN_V4_MAX_MATCH": "set TAPIN_MAX_MATCH",
+    "TAPIN_V6_CROSS": "set TAPIN_CROSS_ENABLED",
 }
 
 BOOLEANS = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
@@ -363,10 +403,19 @@ def misspelt(env: Mapping[str, str], known: set[str]) -> list[str]:
 def load_config(env: Mapping[str, str]) -> Config:
     """The settings that `env` (names in upper case) asks for. Raises ConfigError naming every problem at once."""
     knobs = {f.name.upper(): f for f in fields(Config)}
-    problems = misspelt(env, set(knobs) | set(RETIRED))
+    problems = [] if IS_SUBMISSION else misspelt(env, {*knobs, *RETIRED, *REFUSED})
+    if not IS_SUBMISSION:
+        problems += [
+            f"{name}: {why}" for name, why in REFUSED.items() if BOOLEANS.get(env.get(name, "0").lower(), True)
+        ]
     preset = env.get("PRESET", "")
     if preset and preset not in PRESETS:
         problems.append(f"PRESET={preset!r}: there is only {', '.join(PRESETS)}")
+    problems += [
+        f"{name} was left out of this submission, built for {value}: unset it, or run the whole program"
+        for name, value in LEFT_OUT.items()
+        if env.get(name, "") not in ("", str(value), str(int(value)) if isinstance(value, bool) else "")
+    ]
     values: dict[str, Any] = dict(PRESETS.get(preset, {}))
     for name in sorted(knobs.keys() & env.keys()):
         try:
@@ -408,7 +457,7 @@ def config_rules(c: Config) -> list[tuple[bool, str]]:
     if any(bad for bad, _ in signs):
         return named + signs  # the rules below divide by these
     in_lanes = c.num_loops > 0 and 0 < c.parallel_start_layer <= c.loop_end
-    return named + [
+    return named + follow_up_rules(c) + [
         (not c.tie_embeddings, "TIE_EMBEDDINGS=0: an untied head has no optimizer and does not fit; set it to 1"),
         (c.train_batch_tokens % MICRO_STEPS != 0, f"TRAIN_BATCH_TOKENS must be divisible by {MICRO_STEPS}"),
         (c.micro_batch_tokens < c.train_seq_len, "TRAIN_BATCH_TOKENS / 8 must be at least TRAIN_SEQ_LEN"),
@@ -449,7 +498,27 @@ def proof_rules(c: Config) -> list[tuple[bool, str]]:
          "DETERMINISTIC=1 needs steps instead of a clock: set MAX_WALLCLOCK_SECONDS=0"),
         (c.deterministic and c.attention in ("fa3", "fa4"),
          f"ATTENTION={c.attention} sums gradients in any order: DETERMINISTIC=1 needs auto, varlen or sdpa"),
-        (c.audit and "Audit" not in globals(), "this submission was built without AUDIT"),
+        (IS_SUBMISSION and c.audit, "a submission has no AUDIT: set it beside the whole program"),
+    ]  # fmt: skip
+
+
+def follow_up_rules(c: Config) -> list[tuple[bool, str]]:
+    """The same for the follow-up systems."""
+    return [
+        (not 0 <= c.wd_taper_start_frac < 1, "WD_TAPER_START_FRAC must lie in [0, 1); 0 is off"),
+        (c.wd_taper_final_mult < 0, "WD_TAPER_FINAL_MULT must be 0 or more"),
+        (c.lora_plus_ratio < 0 or c.ttt_lora_layer_lr_alpha < -1,
+         "LORA_PLUS_RATIO must be 0 or more and TTT_LORA_LAYER_LR_ALPHA at least -1: no learning rate is negative"),
+        (c.ttt_lora_alpha < 0, "TTT_LORA_ALPHA must be 0 or more"),
+        (not 1 <= c.tapin_min_match <= c.tapin_max_match, "TAPIN_MIN_MATCH must lie in 1..TAPIN_MAX_MATCH"),
+        (not (0 <= c.tapin_mix_w <= 0.5 and 0 <= c.tapin_v6_cross_w <= 0.5),
+         "TAPIN_MIX_W and TAPIN_V6_CROSS_W must lie in [0, 0.5]"),
+        (c.eval_hash_emb_buckets < 1, "EVAL_HASH_EMB_BUCKETS must be at least 1"),
+        (c.eval_hash_emb_enabled and c.ttt_context == "cached",
+         "TTT_CONTEXT=cached does not know the token before a chunk: set it to rerun, or EVAL_HASH_EMB_ENABLED=0"),
+        (c.eval_loop_emb_enabled and c.num_loops == 0, "EVAL_LOOP_EMB_ENABLED=1 needs a loop: set NUM_LOOPS"),
+        (c.tapin_v4_top_k < 1, "TAPIN_V4_TOP_K must be at least 1"),
+        (c.muon_grad_power <= 0, f"MUON_GRAD_POWER must be above 0, not {c.muon_grad_power}"),
     ]  # fmt: skip
 
 
@@ -749,11 +818,11 @@ def input_problems(cfg: Config, run: Run) -> Iterator[str]:
 
 
 def environment_problems(cfg: Config, run: Run) -> Iterator[str]:
-    wanted = {"sentencepiece": "sentencepiece", "brotli": "brotli", "python_minifier": "python-minifier"}
+    wanted = {"sentencepiece": "sentencepiece", "brotli": "brotli"}
+    if not IS_SUBMISSION and not cfg.eval_only_artifact:
+        wanted["python_minifier"] = "python-minifier"
     if cfg.compressor == "zstd":
         wanted["zstandard"] = "zstandard"
-    if cfg.eval_only_artifact:
-        wanted.pop("python_minifier")
     for module, package in wanted.items():
         if importlib.util.find_spec(module) is None:
             yield f"the package {package} is missing: pip install {package}"
@@ -797,7 +866,8 @@ def data_problems(cfg: Config, needs_training_data: bool) -> Iterator[str]:
         need = f"a step of {cfg.step_tokens} tokens"
         yield f"no training shard holds {need}: make larger ones or lower TRAIN_BATCH_TOKENS"
     yield from tokenizer_problems(cfg)
-    yield from manifest_problems(cfg)
+    if not IS_SUBMISSION:
+        yield from manifest_problems(cfg)
 
 
 def file_sha256(path: Path) -> str:
@@ -2018,16 +2088,24 @@ CASEOPS_MARKS = (
 )  # title, all caps, capital next, escape: they stand for no byte
 
 
+def silent_tokens(sp: Any) -> np.ndarray:
+    """Whether each token stands for no text at all."""
+    return np.array([sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i) for i in range(sp.vocab_size())])
+
+
+def own_bytes(sp: Any) -> np.ndarray:
+    """Bytes of each token without a leading space."""
+    pieces = [sp.id_to_piece(i) for i in range(sp.vocab_size())]
+    own = [1 if sp.is_byte(i) else len(p.removeprefix("\u2581").encode()) for i, p in enumerate(pieces)]
+    return np.where(silent_tokens(sp), 0, own)
+
+
 def table_byte_counts(sp: Any, tokens: np.ndarray) -> np.ndarray:
     """Bytes of each token of a plain SentencePiece stream: a leading space counts unless a document starts there."""
-    n = sp.vocab_size()
-    silent = np.array([sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i) for i in range(n)])
-    pieces = [sp.id_to_piece(i) for i in range(n)]
-    spaced = np.array([p.startswith("\u2581") for p in pieces]) & ~silent
-    own = [1 if sp.is_byte(i) else len(p.removeprefix("\u2581").encode()) for i, p in enumerate(pieces)]
-    own = np.where(silent, 0, own)
+    silent = silent_tokens(sp)
+    spaced = np.array([sp.id_to_piece(i).startswith("\u2581") for i in range(sp.vocab_size())]) & ~silent
     after_text = np.append(False, ~silent[tokens[:-1]])
-    return own[tokens].astype(np.int64) + (spaced[tokens] & after_text)
+    return own_bytes(sp)[tokens].astype(np.int64) + (spaced[tokens] & after_text)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -2804,9 +2882,26 @@ def lr_multiplier(cfg: Config, fraction: float) -> float:
     return 1.0 if fraction < 1 - cfg.warmdown_frac else max((1 - fraction) / cfg.warmdown_frac, cfg.min_lr)
 
 
+def wd_multiplier(cfg: Config, fraction: float) -> float:
+    """1 until WD_TAPER_START_FRAC, then a line to WD_TAPER_FINAL_MULT at the end, on the learning rate's fraction.
+
+    From #1729, which never measured it apart. A public port counted steps of ITERATIONS = 20,000, where a run makes
+    4,844: there the taper would have begun at step 14,000, and its null result is of a taper that never was.
+    """
+    if not cfg.wd_taper_start_frac:
+        return 1.0
+    t = min(max((fraction - cfg.wd_taper_start_frac) / (1 - cfg.wd_taper_start_frac), 0.0), 1.0)
+    return (1 - t) + t * cfg.wd_taper_final_mult
+
+
 def muon_momentum(cfg: Config, step: int) -> float:
     t = min(step / cfg.muon_momentum_warmup_steps, 1.0) if cfg.muon_momentum_warmup_steps > 0 else 1.0
     return (1 - t) * cfg.muon_momentum_warmup_start + t * cfg.muon_momentum
+
+
+def signed_power_(x: Tensor, power: float) -> Tensor:
+    """sign(x) |x|^power in place, entry by entry; in float32, because bfloat16 would round the power, too."""
+    return torch.copysign(x.abs().float().pow_(power), x, out=x)
 
 
 def muon_update(grad: Tensor, buffer: Tensor, momentum: float, steps: int, row_normalize: bool) -> Tensor:
@@ -2895,11 +2990,16 @@ class Optimizer:
                 torch._foreach_mul_(grads, scale)
 
     @torch.no_grad()
-    def update(self, lr_mul: float, momentum: float) -> None:
+    def update(self, lr_mul: float, momentum: float, wd_mul: float = 1.0) -> None:
         for group, lr in zip(self.adam.param_groups, self.base_lrs, strict=True):
             group["lr"] = lr * lr_mul
         c, waits = self.cfg, []
         for grad, buffer, rows in zip(self.shards, self.momentum, self.rows, strict=True):
+            # After clipping, which so keeps its meaning: the norm is the gradient's, and AdamW's part is cut as before.
+            # From #1682: 1.3667 against 1.3686 for p = 1 over three seeds with an sd of 0.002 to 0.003, p > 1 worse;
+            # on the record 1.06994 against 1.06922: null. Unit rows and Newton-Schulz undo most of it.
+            if c.muon_grad_power != 1:
+                signed_power_(grad, c.muon_grad_power)
             mine = muon_update(grad, buffer, momentum, c.muon_backend_steps, c.muon_row_normalize)
             if self.run.world == 1:
                 waits.append((mine, None))
@@ -2911,7 +3011,7 @@ class Optimizer:
         for p, (update, wait) in zip(self.banks, waits, strict=True):
             if wait is not None:
                 wait.wait()
-            p.mul_(1 - lr * c.muon_wd).add_(update[: len(p)], alpha=-lr)
+            p.mul_(1 - lr * c.muon_wd * wd_mul).add_(update[: len(p)], alpha=-lr)
         self.zero_grad()
 
     def zero_grad(self) -> None:
@@ -3078,19 +3178,46 @@ class Stopwatch:
         self.began = time.monotonic()
 
 
-def train_step(model: GPT, optimizer: Optimizer, loader: TrainLoader, lr_mul: float, momentum: float) -> Tensor:
+def byte_weights(cfg: Config, run: Run) -> Tensor | None:
+    """BPB_WEIGHTED_LOSS_ENABLED: what each token's loss counts in training, its bytes and at least 1 (V,); else None.
+
+    A negative control. Bits per byte are nats over a constant number of bytes: every token's nats count alike, and the
+    plain mean is the aligned objective already. #1519 claimed -0.0194; on the record it cost +0.0619 (1.1316 against
+    1.0697). As there, a CaseOps mark weighs its UTF-8 bytes, though it stands for none. Evaluation stays unweighted.
+    """
+    if not cfg.bpb_weighted_loss_enabled:
+        return None
+    weights = torch.from_numpy(np.maximum(own_bytes(load_tokenizer(cfg)), 1)).float()
+    mean, low, high = weights.mean().item(), weights.min().item(), weights.max().item()
+    run.log(f"bpb_weighted_loss: enabled=True mean_weight={mean:.3f} min={low:.0f} max={high:.0f}")
+    return weights.to(run.device)
+
+
+def training_loss(model: GPT, batch: tuple[Tensor, Tensor, Docs], weights: Tensor | None) -> Tensor:
+    """Mean nats of a micro-batch's targets; with `weights` (V,) the mean weighted by target."""
+    inputs, targets, docs = batch
+    if weights is None:
+        return model(inputs, targets, docs=docs)
+    w = weights[targets]
+    return (w * model(inputs, targets, docs=docs, reduction="none")).sum() / w.sum()
+
+
+def train_step(
+    model: GPT, optimizer: Optimizer, loader: TrainLoader, lr_mul: float, momentum: float, wd_mul: float = 1.0,
+    weights: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """One optimizer step on MICRO_STEPS micro-batches; returns this rank's share of the mean loss, on the device."""
     loss_sum = torch.zeros((), device=loader.run.device)
-    for inputs, targets, docs in loader.next_step():
-        loss = model(inputs, targets, docs=docs) / MICRO_STEPS
+    for batch in loader.next_step():
+        loss = training_loss(model, batch, weights) / MICRO_STEPS
         loss.backward()
         loss_sum += loss.detach()
     optimizer.clip(optimizer.reduce())
-    optimizer.update(lr_mul, momentum)
+    optimizer.update(lr_mul, momentum, wd_mul)
     return loss_sum
 
 
-def prime(cfg: Config, run: Run, model: GPT, optimizer: Optimizer) -> None:
+def prime(cfg: Config, run: Run, model: GPT, optimizer: Optimizer, loss_weights: Tensor | None = None) -> None:
     """Untimed steps in each loop mode so that every kernel is built; then weights, momentum and data roll back."""
     if cfg.warmup_steps <= 0:
         return
@@ -3102,7 +3229,7 @@ def prime(cfg: Config, run: Run, model: GPT, optimizer: Optimizer) -> None:
             run.log(f"loop_warmup:enabled {describe_plan(model.plan)}")
         loader = TrainLoader(cfg, run)
         for step in range(1, cfg.warmup_steps + 1):
-            train_step(model, optimizer, loader, 1.0, cfg.muon_momentum).item()
+            train_step(model, optimizer, loader, 1.0, cfg.muon_momentum, weights=loss_weights).item()
             if step <= 6 or step % 10 == 0 or step == cfg.warmup_steps:
                 run.log(f"{'loop_' if looped else ''}warmup_step: {step}/{cfg.warmup_steps}")
         loader.close()
@@ -3221,7 +3348,8 @@ class TrainLog:
 def train(cfg: Config, run: Run, model: GPT, val: ValidationSet) -> Progress:
     """Trains until ITERATIONS or the wall-clock budget; the model ends with the averaged weights."""
     optimizer, average = Optimizer(model, cfg, run), WeightAverage(model, cfg.ema_decay)
-    prime(cfg, run, model, optimizer)
+    loss_weights = byte_weights(cfg, run)
+    prime(cfg, run, model, optimizer, loss_weights)
     progress = load_checkpoint(cfg, run, model, optimizer, average) if cfg.resume else Progress()
     loader = TrainLoader(cfg, run, progress.step)
     run.sync()
@@ -3258,7 +3386,8 @@ def train(cfg: Config, run: Run, model: GPT, val: ValidationSet) -> Progress:
         for switch in model.switches:
             switch.schedule(fraction)
         lr_mul = lr_multiplier(cfg, fraction)
-        loss = run.sum(train_step(model, optimizer, loader, lr_mul, muon_momentum(cfg, step)))
+        schedules = lr_mul, muon_momentum(cfg, step), wd_multiplier(cfg, fraction)
+        loss = run.sum(train_step(model, optimizer, loader, *schedules, loss_weights))
         average.update()
         progress.step += 1
         log.add(progress, loss, lr_mul)
@@ -3764,13 +3893,132 @@ def _piece(data: bytes, size: int, section: str, compressor: str) -> bytes:
     return raw
 
 
-def without_switches(source: str, cfg: Config) -> str:
-    """This program without the switches that are off; `switch_rules` refuses to turn one on that is not there."""
-    off = {kind.__name__ for kind in Switch.__subclasses__() if not getattr(cfg, kind.knob)}
-    off |= set() if cfg.audit else {"Audit"}
-    tree = ast.parse(source)
-    tree.body = [node for node in tree.body if not (isinstance(node, ast.ClassDef) and node.name in off)]
-    return ast.unparse(tree)
+class Specialize(ast.NodeTransformer):
+    """Makes a submission of this program: constants in the place of knobs, and without what they decide.
+
+    fixed: knob -> its value. Only conditions that are constant then are folded.
+    """
+
+    def __init__(self, fixed: Mapping[str, Any]):
+        self.fixed = fixed
+
+    def visit_Name(self, node: ast.Name) -> ast.AST:
+        return ast.Constant(True) if node.id == "IS_SUBMISSION" and isinstance(node.ctx, ast.Load) else node
+
+    def visit_Attribute(self, node: ast.Attribute) -> ast.AST:
+        self.generic_visit(node)
+        return ast.Constant(self.fixed[node.attr]) if node.attr in self.fixed else node
+
+    def visit_ClassDef(self, node: ast.ClassDef) -> ast.AST | None:
+        """Without the fields of Config; a switch that is off goes whole."""
+        knob = next((s.value.value for s in node.body if isinstance(s, ast.Assign) and s.targets[0].id == "knob"), None)
+        if knob in self.fixed:
+            return None
+        node.body = [s for s in node.body if not (isinstance(s, ast.AnnAssign) and s.target.id in self.fixed)]
+        return self.generic_visit(node)
+
+    def visit_AnnAssign(self, node: ast.AnnAssign) -> ast.AST:
+        if isinstance(node.target, ast.Name) and node.target.id == "LEFT_OUT":
+            node.value = ast.parse(repr({k.upper(): v for k, v in self.fixed.items()}), mode="eval").body
+            return node
+        return self.generic_visit(node)
+
+    def visit_Call(self, node: ast.Call) -> ast.AST:
+        node.keywords = [k for k in node.keywords if k.arg not in self.fixed]  # the choices that a knob has
+        return self.generic_visit(node)
+
+    def visit_Tuple(self, node: ast.Tuple) -> ast.AST:
+        node.elts = [e for e in node.elts if not (isinstance(e, ast.Constant) and e.value in self.fixed)]
+        return self.generic_visit(node)
+
+    def visit_List(self, node: ast.List) -> ast.AST:
+        """Without rules (False, ...) that can no longer be broken."""
+        self.generic_visit(node)
+        rules = [isinstance(e, ast.Tuple) and e.elts and isinstance(e.elts[0], ast.Constant) for e in node.elts]
+        node.elts = [e for e, rule in zip(node.elts, rules, strict=True) if not (rule and e.elts[0].value is False)]
+        return node
+
+    def fold(self, node: ast.expr) -> ast.expr:
+        self.generic_visit(node)
+        if isinstance(node, ast.BoolOp):  # a constant that decides ends the rest, one that does not falls out
+            decides = isinstance(node.op, ast.Or)
+            kept = []
+            for v in node.values:
+                if not isinstance(v, ast.Constant):
+                    kept.append(v)
+                elif bool(v.value) is decides:
+                    return v if not kept else ast.BoolOp(node.op, [*kept, v])
+            last = node.values[-1]
+            return ast.BoolOp(node.op, kept) if len(kept) > 1 else kept[0] if kept else last
+        constant = all(
+            isinstance(c, ast.Constant | ast.operator | ast.unaryop | ast.cmpop) for c in ast.iter_child_nodes(node)
+        )
+        return ast.Constant(eval(ast.unparse(node), {})) if constant else node
+
+    visit_BoolOp = visit_Compare = visit_UnaryOp = fold
+
+    def visit_IfExp(self, node: ast.IfExp) -> ast.AST:
+        self.generic_visit(node)
+        return (node.body if node.test.value else node.orelse) if isinstance(node.test, ast.Constant) else node
+
+    def visit_If(self, node: ast.If) -> Any:
+        self.generic_visit(node)
+        return (node.body if node.test.value else node.orelse) if isinstance(node.test, ast.Constant) else node
+
+
+def defined(node: ast.stmt) -> str:
+    """What a statement gives a name to: a function, a class or one constant; else nothing."""
+    if isinstance(node, ast.FunctionDef | ast.ClassDef):
+        return node.name
+    target = (
+        node.target if isinstance(node, ast.AnnAssign) else node.targets[0] if isinstance(node, ast.Assign) else None
+    )
+    return target.id if isinstance(target, ast.Name) else ""
+
+
+def bases_of(node: ast.stmt) -> list[ast.expr]:
+    return node.bases if isinstance(node, ast.ClassDef) else []
+
+
+def names_in(tree: ast.AST) -> Counter[str]:
+    """How often a name is read anywhere below."""
+    nodes = list(ast.walk(tree))
+    names = Counter(n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load))
+    return names + Counter(n.attr for n in nodes if isinstance(n, ast.Attribute))
+
+
+def without_dead_code(tree: ast.Module) -> ast.Module:
+    """Drops functions, methods, classes and constants whose names stand nowhere else, until there are none.
+
+    Not the switches, which find themselves.
+    """
+    called_by_others = re.compile(r"__\w+__|visit_\w+|forward|backward|main")
+    while True:
+        names = names_in(tree)
+        owners = [
+            (tree, node) for node in tree.body if defined(node) and "Switch" not in map(ast.unparse, bases_of(node))
+        ]
+        classes = [c for c in tree.body if isinstance(c, ast.ClassDef)]
+        owners += [(c, f) for c in classes for f in c.body if isinstance(f, ast.FunctionDef)]
+        dead = [(owner, node) for owner, node in owners if not called_by_others.fullmatch(defined(node))
+                and names[defined(node)] == names_in(node)[defined(node)]]  # fmt: skip
+        if not dead:
+            return tree
+        for owner, node in dead:
+            owner.body.remove(node)
+            owner.body = owner.body or [ast.Pass()]
+
+
+def specialized(source: str, cfg: Config) -> str:
+    """This program without the follow-up systems that `cfg` does not use; `load_config` refuses to turn one on.
+
+    Bytes of code are bytes of the submission, so a run pays for what it uses.
+    """
+    section = next(where for where, name, *_ in manual() if name == "SMEAR_GATE_ENABLED")
+    default = Config()
+    knobs = [name.lower() for where, name, *_ in manual() if where == section]
+    fixed = {k: getattr(cfg, k) for k in knobs if getattr(cfg, k) == getattr(default, k)}
+    return ast.unparse(without_dead_code(ast.fix_missing_locations(Specialize(fixed).visit(ast.parse(source)))))
 
 
 class StripAnnotations(ast.NodeTransformer):
@@ -3828,7 +4076,8 @@ def self_extracting(program: str) -> bytes:
 def build_submission(folder: Path, artifact: bytes, cfg: Config) -> dict[str, int]:
     """Writes submission/train_gpt.py and submission/final_model.int6.ptz; returns the bytes of each and their sum."""
     source = Path(__file__).read_text()
-    code = self_extracting(minify(without_switches(source, cfg)))
+    # A submission that trains again submits itself: the file that unpacked this one.
+    code = Path(sys.orig_argv[-1]).read_bytes() if IS_SUBMISSION else self_extracting(minify(specialized(source, cfg)))
     write_atomically(folder / "train_gpt.py", lambda f: f.write(code))
     write_atomically(folder / ARTIFACT_NAME, lambda f: f.write(artifact))
     sizes = {"source": len(source.encode()), **{k: (folder / n).stat().st_size for k, n in
@@ -3868,34 +4117,47 @@ class Adapters:
     """A low-rank pair per visit and site and one for the head, a set for each of N documents (LoRA, arXiv 2106.09685).
 
     A (S, N, R, in) starts the same for every document, from the seed alone; B (S, N, out, R) starts at zero, so new
-    adapters change nothing. All in float32.
+    adapters change nothing. All in float32. `layers` (of each visit) is read where layers learn at rates of their own:
+    then there are tensors for each layer, SITE.SIDE.LAYER, else one for all visits.
     """
 
-    def __init__(self, cfg: Config, n_docs: int, n_visits: int, device: torch.device | str = "cpu"):
+    def __init__(
+        self, cfg: Config, n_docs: int, n_visits: int, device: torch.device | str = "cpu", layers: Sequence[int] = ()
+    ):
         d, kv = cfg.model_dim, cfg.num_kv_heads * cfg.head_dim
         wanted = dict(q=True, k=cfg.ttt_k_lora, v=True, attn_bypass=cfg.ttt_o_lora, mlp_bypass=cfg.ttt_mlp_lora)
-        outs = dict(q=d, k=kv, v=kv, attn_bypass=d, mlp_bypass=d)
+        outs = dict(q=d, k=kv, v=kv, attn_bypass=d, mlp_bypass=d, head=cfg.vocab_size)
+        self.scale = cfg.ttt_lora_alpha / cfg.ttt_lora_rank if cfg.ttt_lora_alpha else 1.0
+        slots = [f".{layer}" for layer in layers] if cfg.ttt_lora_layer_lr_alpha else [""] * n_visits
+        # The tensors of each visit, in its order; several visits have a row each in the same tensor.
+        self.slots = {name: slots for name in ADAPTED if wanted[name]} | {"head": [""]}
         g = torch.Generator().manual_seed(cfg.seed)
         self.tensors: dict[str, Tensor] = {}
-        for name in (*ADAPTED, "head"):
-            if name == "head":
-                rows, out = 1, cfg.vocab_size
-            elif wanted[name]:
-                rows, out = n_visits, outs[name]
-            else:
-                continue
-            a = (2 * torch.rand(rows, 1, cfg.ttt_lora_rank, d, generator=g) - 1) / d**0.5
-            self.tensors[f"{name}.A"] = a.to(device).expand(-1, n_docs, -1, -1).contiguous()
-            self.tensors[f"{name}.B"] = torch.zeros(rows, n_docs, out, cfg.ttt_lora_rank, device=device)
+        for name, mine in self.slots.items():
+            a = (2 * torch.rand(len(mine), 1, cfg.ttt_lora_rank, d, generator=g) - 1) / d**0.5
+            for slot in dict.fromkeys(mine):
+                rows = [i for i, s in enumerate(mine) if s == slot]
+                self.tensors[f"{name}.A{slot}"] = a[rows].to(device).expand(-1, n_docs, -1, -1).contiguous()
+                self.tensors[f"{name}.B{slot}"] = torch.zeros(
+                    len(rows), n_docs, outs[name], cfg.ttt_lora_rank, device=device
+                )
 
     def parameters(self) -> list[Tensor]:
         return list(self.tensors.values())
 
+    def _side(self, name: str, side: str, dtype: torch.dtype) -> list[Tensor]:
+        """A or B of each visit, B with the scale of the whole product."""
+        slots, rows = self.slots[name], {}
+        for slot in set(slots):
+            whole = self.tensors[f"{name}.{side}{slot}"]
+            whole = whole if side == "A" or self.scale == 1 else self.scale * whole
+            rows[slot] = iter(whole.to(dtype).unbind(0))
+        return [next(rows[slot]) for slot in slots]
+
     def _pairs(self, name: str, dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor] | None]:
-        if f"{name}.A" not in self.tensors:
+        if name not in self.slots:
             return itertools.repeat(None)
-        a, b = (self.tensors[f"{name}.{side}"].to(dtype).unbind(0) for side in "AB")
-        return zip(a, b, strict=True)
+        return zip(*(self._side(name, side, dtype) for side in "AB"), strict=True)
 
     def per_visit(self, dtype: torch.dtype) -> Iterator[Deltas]:
         return itertools.starmap(Deltas, zip(*(self._pairs(name, dtype) for name in ADAPTED), strict=False))
@@ -3909,24 +4171,41 @@ class Adapters:
         return self
 
 
+def adapter_lr(name: str, cfg: Config) -> float:
+    """Learning rate of the tensor SITE.SIDE or SITE.SIDE.LAYER: a slope over the layers, and more of it for B.
+
+    The slope is #1695's, the ratio LoRA+'s (arXiv 2402.12354), the scale TTT_LORA_ALPHA that of #1767. None was
+    published apart from the changes it came with. The head has no layer and keeps TTT_LORA_LR. The decoupled decay goes
+    along with the rate.
+    """
+    _, side, *layer = name.split(".")
+    slope = cfg.ttt_lora_layer_lr_alpha * int(layer[0]) / max(cfg.num_layers - 1, 1) if layer else 0.0
+    return cfg.ttt_lora_lr * (1 + slope) * (cfg.lora_plus_ratio if side == "B" else 1.0)
+
+
 def adapter_optimizer(adapters: Adapters, cfg: Config) -> torch.optim.Optimizer:
-    """AdamW, or SGD with momentum TTT_BETA1, over all adapters."""
-    params, decay = adapters.parameters(), cfg.ttt_weight_decay
+    """AdamW, or SGD with momentum TTT_BETA1, over all adapters; those of one learning rate are one group."""
+    rates: dict[float, list[Tensor]] = {}
+    for name, t in adapters.tensors.items():
+        rates.setdefault(adapter_lr(name, cfg), []).append(t)
+    groups, decay = [dict(params=params, lr=lr) for lr, params in rates.items()], cfg.ttt_weight_decay
     if cfg.ttt_optimizer == "sgd":
-        return torch.optim.SGD(params, cfg.ttt_lora_lr, momentum=cfg.ttt_beta1, weight_decay=decay)
-    betas, fused = (cfg.ttt_beta1, cfg.ttt_beta2), params[0].is_cuda
-    return torch.optim.AdamW(params, cfg.ttt_lora_lr, betas, eps=1e-10, weight_decay=decay, fused=fused)
+        return torch.optim.SGD(groups, cfg.ttt_lora_lr, momentum=cfg.ttt_beta1, weight_decay=decay)
+    betas, fused = (cfg.ttt_beta1, cfg.ttt_beta2), adapters.parameters()[0].is_cuda
+    return torch.optim.AdamW(groups, cfg.ttt_lora_lr, betas, eps=1e-10, weight_decay=decay, fused=fused)
 
 
 def keep_documents(adapters: Adapters, optimizer: torch.optim.Optimizer, rows: Tensor) -> None:
     """Drops the documents that are not in `rows` from the adapters and from their optimizer's state."""
+    renewed = {}
     for name, old in adapters.tensors.items():
-        new = old.detach()[:, rows].requires_grad_(True)
+        new = renewed[old] = old.detach()[:, rows].requires_grad_(True)
         state = optimizer.state.pop(old, {})
         same = {k: isinstance(s, Tensor) and s.shape == old.shape for k, s in state.items()}
         optimizer.state[new] = {k: s[:, rows] if same[k] else s for k, s in state.items()}
         adapters.tensors[name] = new
-    optimizer.param_groups[0]["params"] = adapters.parameters()
+    for group in optimizer.param_groups:
+        group["params"] = [renewed[old] for old in group["params"]]
 
 
 class Chunk(NamedTuple):
@@ -3948,6 +4227,137 @@ def upload(values: Sequence[Any], device: torch.device) -> Tensor:
     return t.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else t
 
 
+# ---- Tap-In: what followed, earlier in the document, the tokens just read (#1518, #1555) ----------------------------
+# Worth 0.0015 to 0.002 bpb there by its authors' account, never measured apart; the run they report had w = 0.01. Their
+# matcher switched itself off on a rank where a package was missing, reached across documents, and left out the match
+# that ends one token back; none of it here.
+def repeats(x: np.ndarray, longest: int) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    """(length, places, names) for each length up to `longest` of which something occurs more than once in x.
+
+    places: where these strings of tokens end, ascending; names: equal numbers for equal strings. A string that occurs
+    twice is made of two one shorter that do, so that places get fewer with every length.
+    """
+    at, known = np.arange(len(x)), np.zeros(len(x), np.int64)
+    for length in range(1, longest + 1):
+        at = at[at >= length - 1]
+        at = at[known[at - 1] >= 0] if length > 1 else at
+        before = known[at - 1] if length > 1 else known[at]
+        _, names, counts = np.unique(before << 16 | x[at], return_inverse=True, return_counts=True)
+        again = counts[names] > 1
+        at, names = at[again], names[again]
+        if not len(at):
+            return
+        known = np.full(len(x), -1)
+        known[at] = names
+        yield length, at, names
+
+
+def longest_matches(x: np.ndarray, low: np.ndarray, high: np.ndarray, longest: int) -> tuple[np.ndarray, np.ndarray]:
+    """For each place t, over p in low[t]..high[t] - 1 <= t - 1: how many tokens up to p and up to t agree, at most
+    `longest`, and the first p with that many. Length 0 where no x[p] is x[t]."""
+    n = len(x)
+    length, place = np.zeros(n, np.int64), np.zeros(n, np.int64)
+    for long, at, names in repeats(x, longest):
+        ordered = np.sort(names * n + at)
+        found = ordered[np.searchsorted(ordered, names * n + low[at])]  # t itself is in the list: there is always one
+        found -= names * n
+        match = (found >= 0) & (found < high[at])
+        length[at[match]], place[at[match]] = long, found[match]
+    return length, place
+
+
+class Hints(NamedTuple):
+    """For each target of a document a token and its share of the mixture, 0 where there is no hint."""
+
+    tokens: np.ndarray
+    shares: np.ndarray
+
+
+def document_hints(x: np.ndarray, window_start: np.ndarray, cfg: Config) -> Hints:
+    """Hints for the token after each of x, from x up to there: x (n,) int64, window_start (n,) first visible input.
+
+    The longest match decides, inside the window if as long as any outside; its share grows with its length and with
+    the votes, the places in the same range where x[t] was followed by the same token.
+    """
+    n, t = len(x), np.arange(len(x))
+    tokens, best, shares = x.copy(), np.zeros(n, np.int64), np.zeros(n)
+    pairs = np.sort((x[:-1] << 16 | x[1:]) * n + t[:-1])
+    ranges = [(window_start, t, cfg.tapin_mix_w)]
+    if cfg.tapin_cross_enabled and window_start.any():
+        ranges.append((np.zeros_like(t), window_start, cfg.tapin_v6_cross_w))
+    for low, high, share in ranges:
+        length, place = longest_matches(x, low, high, cfg.tapin_max_match)
+        at = np.flatnonzero((length >= cfg.tapin_min_match) & (length > best))
+        token = x[place[at] + 1]
+        pair = (x[at] << 16 | token) * n
+        votes = np.searchsorted(pairs, pair + high[at]) - np.searchsorted(pairs, pair + low[at])
+        grown = share * (1 + 0.15 * (length[at] - cfg.tapin_min_match)) * (1 + 0.2 * np.log(votes))
+        tokens[at], best[at], shares[at] = token, length[at], np.minimum(grown, 0.5)
+    return Hints(tokens, shares.astype(np.float32))
+
+
+@torch.no_grad()
+def mix_hints(
+    logits: Tensor, targets: Tensor, losses: Tensor, tokens: Tensor, shares: Tensor, cfg: Config
+) -> tuple[Tensor, Tensor]:
+    """Nats under (1 - w) p + w [token], and where the hint counts. logits (N, C, V), everything else (N, C).
+
+    A hint counts by what the model expects, before the target is looked at, so this is a distribution over V.
+    """
+    likelier = (logits > logits.gather(-1, tokens.unsqueeze(-1))).sum(-1)
+    counts = (shares > 0) & (likelier < cfg.tapin_v4_top_k)
+    if cfg.tapin_ent_min > 0:
+        log_p = logits.log_softmax(-1)
+        counts &= -(log_p.exp() * log_p).sum(-1) >= cfg.tapin_ent_min
+    rest = torch.log1p(-shares) - losses  # log((1 - w) p) of the target
+    mixed = torch.where(tokens == targets, torch.logaddexp(rest, shares.log()), rest)
+    return torch.where(counts, -mixed, losses), counts
+
+
+class TapIn:
+    """The hints of a batch of documents; only scores change, adapters learn from the model's own losses."""
+
+    def __init__(self, scorer: TestTimeScorer):
+        self.scorer, self.cfg = scorer, scorer.cfg
+        self.of: dict[Document, Hints] = {}
+        self.used = torch.zeros((), dtype=torch.float64, device=scorer.run.device)
+
+    def read(self, docs: Sequence[Document]) -> None:
+        """Hints of every target of `docs`, in place of those of the last batch."""
+        cfg, self.of = self.cfg, {}
+        for d in docs:
+            x = self.scorer.val.tokens[d.start : d.start + d.n_targets].astype(np.int64)
+            plan = windows(d.n_targets, cfg.ttt_chunk_size, cfg.ttt_eval_seq_len)
+            self.of[d] = document_hints(x, np.repeat([w.start for w in plan], [w.count for w in plan]), cfg)
+
+    def chunk(self, parts: Sequence[tuple[Document, Window | None, bool]]) -> tuple[Tensor, Tensor]:
+        """Tokens and shares (N, C) of one chunk, on the device."""
+        tokens = np.zeros((len(parts), self.cfg.ttt_chunk_size), np.int64)
+        shares = np.zeros(tokens.shape, np.float32)
+        for i, (d, w, _) in enumerate(parts):
+            if w is not None:
+                first = w.start + w.offset
+                tokens[i, : w.count] = self.of[d].tokens[first : first + w.count]
+                shares[i, : w.count] = self.of[d].shares[first : first + w.count]
+        return upload(tokens, self.scorer.run.device), upload(shares, self.scorer.run.device)
+
+    def score_chunk(
+        self, chunk: Chunk, hints: tuple[Tensor, Tensor], adapters: Adapters, cache: Cache | None
+    ) -> tuple[Tensor, Tensor]:
+        """Nats (N, C) of the chunk's targets without hints, to learn from, and with them."""
+        logits = self.scorer.model(chunk.inputs, adapters=adapters, at=chunk.at, cache=cache)
+        losses = F.cross_entropy(logits.flatten(0, 1), chunk.targets.flatten(), reduction="none")
+        losses = losses.view_as(chunk.targets)
+        mixed, counts = mix_hints(logits.detach(), chunk.targets, losses.detach(), *hints, self.cfg)
+        self.used += (counts & chunk.scored).sum()
+        return losses, mixed
+
+    def log(self, n_targets: int) -> None:
+        """A collective."""
+        used = self.scorer.run.sum(self.used.clone()).item()
+        self.scorer.run.log(f"tapin: hints counted at {used:.0f} of {n_targets} targets ({used / n_targets:.2%})")
+
+
 class TestTimeScorer:
     """Scores batches of documents, each with adapters of its own that learn from what has been scored."""
 
@@ -3958,7 +4368,8 @@ class TestTimeScorer:
         self.cached = cfg.ttt_context == "cached"
         self.window_step = min(64, cfg.ttt_eval_seq_len) if model.kernels.fused and not self.cached else 1
         self.byte_sums = np.concatenate([[0], np.cumsum(val.token_bytes)])
-        self.audit: Audit | None = None
+        self.audit: Any = None  # an Audit; named here, it would stay in the submission
+        self.tapin = TapIn(self) if cfg.tapin_enabled else None
 
     def bytes_of(self, doc: Document) -> int:
         """Original bytes of a document's targets."""
@@ -3967,20 +4378,26 @@ class TestTimeScorer:
     def run_batch(self, docs: Sequence[Document]) -> Meter:
         """All targets of `docs`, in order; a document's tokens influence only its own later chunks."""
         cfg, meter = self.cfg, Meter(self.run.device)
-        adapters = Adapters(cfg, len(docs), len(self.model.plan), self.run.device).requires_grad()
+        layers = [v.layer for v in self.model.plan]
+        adapters = Adapters(cfg, len(docs), len(layers), self.run.device, layers).requires_grad()
         optimizer = adapter_optimizer(adapters, cfg)
         cache = Cache(len(self.model.plan)) if self.cached else None
         context = 0 if self.cached else cfg.ttt_eval_seq_len
         plans = [windows(d.n_targets, cfg.ttt_chunk_size, context) for d in docs]
         rows = list(range(len(docs)))
+        if self.tapin:
+            self.tapin.read(docs)
         for i in range(max(map(len, plans))):
             rows = self.drop_finished(rows, [len(p) > i for p in plans], adapters, optimizer, cache)
             parts = [(docs[r], plans[r][i] if i < len(plans[r]) else None, i + 1 < len(plans[r])) for r in rows]
             chunk = self.gather(parts)
-            losses = self.score_chunk(chunk, adapters, cache)
-            if self.audit:
-                self.audit.see(parts, chunk, losses, adapters, cache)
-            meter.add(losses * chunk.scored, chunk.n_tokens, chunk.n_bytes)
+            if self.tapin:
+                losses, scores = self.tapin.score_chunk(chunk, self.tapin.chunk(parts), adapters, cache)
+            else:
+                losses = scores = self.score_chunk(chunk, adapters, cache)
+            if not IS_SUBMISSION and self.audit:
+                self.audit.see(parts, chunk, scores, adapters, cache)
+            meter.add(scores * chunk.scored, chunk.n_tokens, chunk.n_bytes)
             self.learn_chunk(chunk, losses, adapters, optimizer, cache)
             if cache:
                 cache.commit(chunk.inputs.size(1), cfg.ttt_eval_seq_len - cfg.ttt_chunk_size)
@@ -4078,14 +4495,17 @@ class Audit:
             return
         if self.asks and self.rng.random() < 4 / (4 + len(self.sums)):
             row = self.rng.choice([i for i, (_, n) in enumerate(firsts) if n])
-            self.ask_all(row, self.rng.randrange(firsts[row][1]), chunk, losses, adapters, cache)
+            place = self.rng.randrange(firsts[row][1])
+            hints = self.scorer.tapin and [t[row : row + 1, place : place + 1] for t in self.scorer.tapin.chunk(parts)]
+            self.ask_all(row, place, chunk, losses, adapters, cache, hints)
         for (first, n), values in zip(firsts, losses.tolist(), strict=True):
             self.losses.update(zip(range(first, first + n), values, strict=False))
 
     @torch.no_grad()
     def ask_all(
-        self, row: int, place: int, chunk: Chunk, losses: Tensor, adapters: Adapters, cache: Cache | None
-    ) -> None:
+        self, row: int, place: int, chunk: Chunk, losses: Tensor, adapters: Adapters, cache: Cache | None,
+        hints: Sequence[Tensor] | None,
+    ) -> None:  # fmt: skip
         """The loss of every token at one place, asked of the code that scores, in pieces of the vocabulary."""
         began, alone, past = time.monotonic(), copy.copy(adapters), cache and Cache(len(cache.pasts))
         if cache:
@@ -4096,8 +4516,12 @@ class Audit:
         nats = []
         for tokens in torch.arange(self.scorer.cfg.vocab_size, device=self.run.device).split(512):
             at = chunk.at[row : row + 1, place : place + 1].expand(1, len(tokens))
-            part = chunk._replace(inputs=chunk.inputs[row : row + 1], targets=tokens[None], at=at)
-            nats.append(self.scorer.score_chunk(part, alone, past)[0].double())
+            part = chunk._replace(inputs=chunk.inputs[row : row + 1], targets=tokens[None], at=at, scored=at < 0)
+            if hints:
+                given = tuple(t.expand_as(at) for t in hints)
+                nats.append(self.scorer.tapin.score_chunk(part, given, alone, past)[1][0].double())
+            else:
+                nats.append(self.scorer.score_chunk(part, alone, past)[0].double())
         nats = torch.cat(nats)
         asked, scored = nats[chunk.targets[row, place]].item(), losses[row, place].item()
         self.sums.append({"sum": nats.neg().exp().sum().item(), "scored": scored, "asked": asked})
@@ -4106,7 +4530,7 @@ class Audit:
     def score_again(self, docs: Sequence[Document], before: dict[int, float]) -> None:
         """The batch with other tokens from a position of every second document on, to its end."""
         other, ordinary = copy.copy(self.scorer), self.scorer.cfg.vocab_size - BOS - 1
-        other.tokens, other.audit = self.scorer.tokens.clone(), copy.copy(self)
+        tokens, other.audit = self.scorer.val.tokens.astype(np.int64), copy.copy(self)
         other.audit.losses, other.audit.asks, other.audit.times = {}, False, self.times.copy()
         changed: set[int] = set()
         for d in self.rng.sample(docs, math.ceil(len(docs) / 2)):
@@ -4114,8 +4538,12 @@ class Audit:
             at, end = d.start + 1 + self.rng.randrange(d.n_targets), d.start + d.n_targets
             at = min(at + ((at - d.start - 1) % self.scorer.cfg.ttt_chunk_size == 0), end)
             shift = self.rng.randrange(1, ordinary)
-            other.tokens[at:end] = (other.tokens[at:end] - BOS - 1 + shift) % ordinary + BOS + 1
+            tokens[at:end] = (tokens[at:end] - BOS - 1 + shift) % ordinary + BOS + 1
             changed |= set(range(at, end + 1))
+        other.val = replace(other.val, tokens=tokens.astype(np.uint16))
+        other.tokens, other.tapin = torch.from_numpy(tokens.astype(np.int32)).to(self.run.device), None
+        if self.scorer.tapin:
+            other.tapin = TapIn(other)
         other.run_batch(docs)
         moved = {p: abs(other.audit.losses[p] - nats) for p, nats in before.items()}
         kept = [x for p, x in moved.items() if p not in changed]
@@ -4187,7 +4615,7 @@ def sampled_documents(val: ValidationSet, cfg: Config) -> list[Document]:
 def run_phase(scorer: TestTimeScorer, number: int, phase: Phase, n_batches: int, so_far: Meter, began: float) -> Meter:
     """Scores a phase's batches, each claimed by one rank from a shared counter; returns the sum over the ranks."""
     run, mine, rows = scorer.run, Meter(), []
-    score = scorer.audit.run_batch if scorer.audit else scorer.run_batch
+    score = scorer.audit.run_batch if not IS_SUBMISSION and scorer.audit else scorer.run_batch
     while (claim := run.store.add(f"ttt/phase{number}", 1) - 1) < len(phase.batches):
         docs, start = phase.batches[claim], time.monotonic()
         meter = score(docs)
@@ -4218,7 +4646,9 @@ def adapt_and_score(model: GPT, val: ValidationSet, cfg: Config, run: Run) -> tu
     """
     scorer = TestTimeScorer(model, val, cfg, run)
     warm_up_ttt(scorer)
-    scorer.audit = Audit(scorer) if cfg.audit else None
+    for switch in model.switches:
+        switch.begin_scoring(model)  # after the warm-up, whose text is random
+    scorer.audit = Audit(scorer) if not IS_SUBMISSION and cfg.audit else None
     documents = sampled_documents(val, cfg)
     phases = only_batches(plan_phases(documents, cfg), cfg)
     n_batches = max((n for p in phases for n in p.numbers), default=0)
@@ -4238,11 +4668,15 @@ def adapt_and_score(model: GPT, val: ValidationSet, cfg: Config, run: Run) -> tu
             adapt_base(model, val, scored, cfg, run, number)
             run.log(f"ttpr: phase:{number}/{len(phases) - 1} t:{time.monotonic() - began:.1f}s")
     total.expect(sum(d.n_targets for d in scored), sum(scorer.bytes_of(d) for d in scored))
+    for switch in model.switches:
+        switch.vectors = None
+    if scorer.tapin:
+        scorer.tapin.log(total.tokens)
     if cfg.val_doc_fraction == 1 and not cfg.ttt_eval_batches:
         total.expect(val.n_targets, val.n_bytes)
     if not math.isfinite(total.loss):
         raise Stop(f"the loss is {total.loss} after test-time training: lower TTT_LORA_LR or GLOBAL_TTT_LR")
-    if scorer.audit:
+    if not IS_SUBMISSION and scorer.audit:
         scorer.audit.finish(scored, total)
     return total, time.monotonic() - began
 
@@ -4295,7 +4729,11 @@ def adapt_base(model: GPT, val: ValidationSet, scored: Sequence[Document], cfg: 
     text = np.concatenate([*(val.tokens[d.start : d.start + d.n_targets] for d in scored), [BOS]]).astype(np.uint16)
     model.requires_grad_(True)
     params = list(model.parameters())
-    optimizer = torch.optim.SGD(params, lr=cfg.global_ttt_lr, momentum=cfg.global_ttt_momentum)
+    groups = [dict(params=params, times=1.0)]
+    if more := [s.vectors.requires_grad_() for s in model.switches if s.vectors is not None]:
+        groups.append(dict(params=more, times=cfg.eval_hash_emb_lr_mult))
+        params = params + more
+    optimizer = torch.optim.SGD(groups, lr=cfg.global_ttt_lr, momentum=cfg.global_ttt_momentum)
     seq, chunk_tokens = cfg.eval_seq_len, cfg.global_ttt_chunk_tokens
     n_chunks = math.ceil((len(text) - 1) / chunk_tokens)
     n_shares = MICRO_STEPS if cfg.deterministic else run.world
@@ -4303,7 +4741,9 @@ def adapt_base(model: GPT, val: ValidationSet, scored: Sequence[Document], cfg: 
     began = time.monotonic()
     for chunk in range(n_chunks):
         end = min((chunk + 1) * chunk_tokens, len(text) - 1)
-        lr = optimizer.param_groups[0]["lr"] = base_lr(cfg, chunk, n_chunks)
+        lr = base_lr(cfg, chunk, n_chunks)
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group["times"]
         steps = [range(a, min(a + share * n_shares, end)) for a in range(chunk * chunk_tokens, end, share * n_shares)]
         for span in steps * cfg.global_ttt_epochs:
             sums = [torch.zeros_like(p) for p in params] if cfg.deterministic else []
@@ -4326,7 +4766,8 @@ def adapt_base(model: GPT, val: ValidationSet, scored: Sequence[Document], cfg: 
         if phase:
             run.metric("base_sgd", phase=phase, chunk=chunk, lr=lr, loss=mean_loss)
             run.progress(f"base learning {phase}", chunk + 1, n_chunks, began)
-    model.requires_grad_(False)
+    for p in params:
+        p.requires_grad_(False)
 
 
 def base_loss(model: GPT, tokens: np.ndarray, row: int, cfg: Config, run: Run) -> Tensor:
@@ -4615,7 +5056,7 @@ def describe_run(cfg: Config, run: Run, val: ValidationSet) -> None:
     run.log(f"run {run.folder} on {run.world} x {gpu}, {info['dtype']}, commit {info['commit'][:12] or 'unknown'}, "
             f"torch {torch.__version__}")  # fmt: skip
     run.log("changed knobs: " + (" ".join(f"{k.upper()}={v}" for k, v in changed.items()) or "none: the record"))
-    for name in sorted(set(RETIRED) & set(os.environ)):
+    for name in [] if IS_SUBMISSION else sorted(set(RETIRED) & set(os.environ)):
         run.log(f"WARNING: {name} has no effect: {RETIRED[name]}")
     data = info["data"]
     run.log(f"train_shards: {len(train_files(cfg))}")
@@ -4664,11 +5105,11 @@ def print_sizes(folder: str) -> None:
     blob = Path(folder, ARTIFACT_NAME).read_bytes() if folder else b""
     header = read_header(blob)[0] if folder else {}
     source = Path(__file__).read_text()
-    whole = self_extracting(minify(without_switches(source, Config())))
+    whole = self_extracting(minify(specialized(source, Config())))
     print(f"{'source':<40}{len(source.encode()):>12}")
     print(f"{'minified':<40}{len(minify(source)):>12}")
     print(f"{'submission/train_gpt.py':<40}{len(whole):>12}")
-    print("of which, each compressed alone, so that they sum to more:")
+    print("sections, each compressed alone, so that they sum to more, and with what a submission leaves out:")
     parts = re.split(r"^# -{20,}\n# (\d+\. .*?)(?::.*)?\n(?:# .*\n)*# -{20,}\n", source, flags=re.M)
     for title, body in zip(parts[1::2], parts[2::2], strict=True):
         print(f"  {title:<38}{len(_brotli(minify(body).encode())):>12}")
@@ -4735,7 +5176,7 @@ def after_restart(cfg: Config, run: Run) -> Config:
 
 def main() -> int:
     """Exit code 0: scored within the budgets; 1: failed; 2: bad settings or input; 3: scored, but over a budget."""
-    if sys.argv[1:]:
+    if not IS_SUBMISSION and sys.argv[1:]:
         return obey_arguments(sys.argv[1:])
     first = os.environ.get("RANK", "0") == "0"
     try:
@@ -4790,6 +5231,7 @@ class Switch:
     """
 
     knob = ""
+    vectors: Tensor | None = None  # learn with the base model while test-time training scores
 
     def __init__(self, cfg: Config):
         self.cfg = cfg
@@ -4823,11 +5265,8 @@ class Switch:
     def observe(self, model: GPT, val: ValidationSet, run: Run, step: int) -> None:
         """At each validation during training, on rank 0."""
 
-
-SWITCH_KNOBS = (
-    "bigram_hash_enabled", "smear_gate_enabled", "recur_homotopy", "recur_alpha_enabled", "cross_pass_xsa_enabled",
-    "recur_diag_p2p_cos",
-)  # fmt: skip
+    def begin_scoring(self, model: GPT) -> None:
+        """Before test-time training scores its first document."""
 
 
 def switches(cfg: Config) -> list[Switch]:
@@ -4842,13 +5281,10 @@ def switch_rules(c: Config) -> list[tuple[bool, str]]:
     except ValueError:
         return [(True, "cannot read a list: give QK_GAIN_PER_LAYER as 2.3,2.9,..., RECUR_ALPHA_VALUES as 1 or as "
                        "1,1.2;1,0.9 and LOOP_CURRICULUM as 0.35:1,0.6:2")]  # fmt: skip
-    here = {kind.knob for kind in Switch.__subclasses__()}
     loops = [n for _, n in stages]
     per_pass = c.recur_homotopy or c.recur_alpha_enabled or c.cross_pass_xsa_enabled or c.recur_diag_p2p_cos
     shape = f"RECUR_ALPHA_VALUES needs {c.num_loops} rows of {c.looped_layers} numbers, or one number for all"
     return [
-        *((getattr(c, knob) != 0 and knob not in here, f"this submission was built without {knob.upper()}")
-          for knob in SWITCH_KNOBS),
         (len(gains) not in (0, c.num_layers), f"QK_GAIN_PER_LAYER needs {c.num_layers} numbers, has {len(gains)}"),
         (bool(per_pass) and c.num_loops == 0, "RECUR_ and CROSS_PASS_ switches need NUM_LOOPS above 0"),
         (c.recur_alpha_enabled and [len(row) for row in alphas] != [c.looped_layers] * c.num_loops, shape),
@@ -4923,6 +5359,41 @@ class SmearGate(Switch):
         gate = strength * F.linear(x[:, 1:, : self.cfg.gate_window], w).sigmoid()
         gate = gate * (tokens[:, 1:, None] != BOS)  # a document's first token has no predecessor
         return torch.cat((x[:, :1], x[:, 1:] + gate * x[:, :-1]), dim=1)
+
+
+class EvalHashEmbedding(Switch):
+    """A vector for each hashed pair of neighbors, zero at first, that TTT's base learning teaches (#1555).
+
+    Like that of the loop's passes it learns from scored documents alone, is no parameter of the model and in no
+    artifact. Published in 1.07636 bpb with Tap-In, never measured apart.
+    """
+
+    knob = "eval_hash_emb_enabled"
+
+    def begin_scoring(self, model: GPT) -> None:
+        table = model.tok_emb.weight
+        self.vectors = table.new_zeros(self.cfg.eval_hash_emb_buckets, table.size(1), dtype=torch.float32)
+
+    def embed(self, model: GPT, x: Tensor, tokens: Tensor, tap: Tap | None) -> Tensor:
+        """A text's or window's first token has no predecessor, nor has a document's."""
+        if self.vectors is None:
+            return x
+        row = (2039 * tokens[:, :-1] + tokens[:, 1:]) % len(self.vectors)
+        pairs = F.embedding(row, self.vectors) * (tokens[:, 1:, None] != BOS)
+        return torch.cat((x[:, :1], x[:, 1:] + pairs.to(x.dtype)), dim=1)
+
+
+class EvalLoopEmbedding(Switch):
+    """The same for each pass of the loop, added where it begins."""
+
+    knob = "eval_loop_emb_enabled"
+
+    def begin_scoring(self, model: GPT) -> None:
+        self.vectors = model.tok_emb.weight.new_zeros(model.looped + 1, model.cfg.model_dim, dtype=torch.float32)
+
+    def enter(self, model: GPT, visit: Visit, x: Tensor) -> Tensor:
+        begins = self.vectors is not None and visit.layer == self.cfg.loop_start
+        return x + self.vectors[visit.again].to(x.dtype) if begins else x
 
 
 class RecurHomotopy(Switch):

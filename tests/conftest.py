@@ -35,4 +35,4 @@ def minified() -> str:
     import train_gpt
 
     source = Path(train_gpt.__file__).read_text()
-    return train_gpt.minify(train_gpt.without_switches(source, train_gpt.Config()))
+    return train_gpt.minify(train_gpt.specialized(source, train_gpt.Config()))

@@ -26,10 +26,16 @@ def audited(folder: Path, tokens: np.ndarray, **changes: Any) -> dict[str, Any]:
     return json.loads((folder / "audit.json").read_text())
 
 
-@pytest.mark.parametrize("switch", SWITCHES)
+FOLLOW_UPS = SWITCHES | {
+    "hints": dict(tapin_enabled=True, tapin_min_match=1, tapin_max_match=2, tapin_mix_w=0.4),
+    "eval embeddings": dict(eval_hash_emb_enabled=True, eval_loop_emb_enabled=True),
+}
+
+
+@pytest.mark.parametrize("switch", FOLLOW_UPS)
 def test_a_legal_evaluation_passes(tmp_path: Path, switch: str, capsys: pytest.CaptureFixture[str]) -> None:
     tokens = documents(LENGTHS)
-    report = audited(tmp_path, tokens, **SWITCHES[switch])
+    report = audited(tmp_path, tokens, **FOLLOW_UPS[switch])
     val = validation(tokens)
     assert all(report["passed"].values()) and len(report["passed"]) == 6
     assert (report["targets"], report["bytes"]) == (val.n_targets, val.n_bytes)

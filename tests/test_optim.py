@@ -175,13 +175,13 @@ def test_gradients_of_a_bfloat16_embedding_are_clipped_with_the_rest() -> None:
         assert torch.allclose(p.grad.float(), 0.3 / norm * grads[n].float(), rtol=1e-2, atol=1e-6), n
 
 
-def rank_steps(folder: str) -> None:
+def rank_steps(folder: str, **changes: Any) -> None:
     """Two steps of one rank, whose gradients are its share; the weights and the norms go to a file."""
     rank, world = (int(os.environ.get(k, d)) for k, d in (("RANK", "0"), ("WORLD_SIZE", "1")))
     if world > 1:
         dist.init_process_group("gloo")
     model, run = tiny_model(num_layers=5), LoneRun(rank=rank, world=world)  # two ranks cannot share 5 matrices evenly
-    optimizer, norms = Optimizer(model, tiny_config(num_layers=5, grad_clip_norm=0.3), run), []
+    optimizer, norms = Optimizer(model, tiny_config(num_layers=5, grad_clip_norm=0.3, **changes), run), []
     for t in (1, 2):
         shares = [with_gradients(model, seed=10 * t + r) for r in range(2)]
         for n, p in model.named_parameters():
@@ -193,11 +193,13 @@ def rank_steps(folder: str) -> None:
     torch.save(state, f"{folder}/{world}_{rank}.pt")
 
 
-def test_two_ranks_step_like_one(tmp_path: Path) -> None:
-    code = f"import sys; sys.path.insert(0, 'tests'); import test_optim; test_optim.rank_steps({str(tmp_path)!r})"
+@pytest.mark.parametrize("changes", [{}, dict(muon_grad_power=0.9)], ids=str)
+def test_two_ranks_step_like_one(tmp_path: Path, changes: dict[str, Any]) -> None:
+    call = f"rank_steps({str(tmp_path)!r}, **{changes!r})"
+    code = f"import sys; sys.path.insert(0, 'tests'); import test_optim; test_optim.{call}"
     with Launch({"RUN_DIR": tmp_path, "OMP_NUM_THREADS": 1}, world=2, code=code) as launch:
         assert launch.finish().code == 0
-    rank_steps(str(tmp_path))
+    rank_steps(str(tmp_path), **changes)
     alone, *both = (torch.load(tmp_path / f"{name}.pt") for name in ("1_0", "2_0", "2_1"))
     assert equal(*both), "replicas stay equal to the bit"
     assert torch.allclose(torch.stack(both[0]["norms"]), torch.stack(alone["norms"]))

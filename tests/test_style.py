@@ -82,9 +82,9 @@ def test_only_training_imports_torch_and_no_file_imports_training() -> None:
         nodes = list(ast.walk(ast.parse((ROOT / name).read_text())))
         imported[name] = {a.name for n in nodes if isinstance(n, ast.Import) for a in n.names}
         imported[name] |= {n.module for n in nodes if isinstance(n, ast.ImportFrom)}
-    for name in ("lossless_caps.py", "prepare_caseops_data.py", "read_logs.py"):
+    for name in ("ablate.py", "lossless_caps.py", "prepare_caseops_data.py", "read_logs.py"):
         assert not imported[name] & {"torch", "train_gpt"}, name
-    assert not imported["train_gpt.py"] & {"lossless_caps", "prepare_caseops_data", "read_logs"}
+    assert not imported["train_gpt.py"] & {"ablate", "lossless_caps", "prepare_caseops_data", "read_logs"}
 
 
 def test_the_submitted_code_is_small(minified: str) -> None:

@@ -84,12 +84,11 @@ def test_a_switch_changes_the_model_once_it_has_learned(name: str) -> None:
     assert abs(loss_of(other) - loss_of(plain)) > 1e-4
 
 
-def test_without_switches_no_hook_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_knob_turns_on_its_own_switch_alone() -> None:
     assert train_gpt.switches(Config()) == []
-    everything = dict.fromkeys(train_gpt.SWITCH_KNOBS, 1)
-    assert [s.knob for s in train_gpt.switches(dataclasses.replace(Config(), **everything))] == [
-        kind.knob for kind in train_gpt.Switch.__subclasses__()]  # fmt: skip
-    assert sorted(train_gpt.SWITCH_KNOBS) == sorted(kind.knob for kind in train_gpt.Switch.__subclasses__())
+    for kind in train_gpt.Switch.__subclasses__():
+        (one,) = train_gpt.switches(dataclasses.replace(Config(), **{kind.knob: 1}))
+        assert type(one) is kind
 
 
 # ---- recurrence ------------------------------------------------------------------------------------------------------
@@ -263,14 +262,39 @@ def test_a_submission_has_only_the_switches_that_are_on(monkeypatch: pytest.Monk
         }
 
     assert switches_in(source) == {kind.__name__ for kind in train_gpt.Switch.__subclasses__()}
-    assert switches_in(train_gpt.without_switches(source, Config())) == set()
-    assert switches_in(train_gpt.without_switches(source, cfg)) == {"SmearGate"}
+    assert switches_in(train_gpt.specialized(source, Config())) == set()
+    assert switches_in(train_gpt.specialized(source, cfg)) == {"SmearGate"}
     module = type(train_gpt)("without")
     monkeypatch.setitem(train_gpt.sys.modules, "without", module)
-    exec(train_gpt.without_switches(source, cfg), module.__dict__)
+    exec(train_gpt.specialized(source, cfg), module.__dict__)
     assert module.load_config({"SMEAR_GATE_ENABLED": "1"}).smear_gate_enabled
-    with pytest.raises(module.ConfigError, match="built without BIGRAM_HASH_ENABLED"):
+    assert module.load_config({"BIGRAM_HASH_ENABLED": "0", "RECUR_ALPHA_FORM": "learned"}) == module.load_config({})
+    with pytest.raises(
+        module.ConfigError, match="BIGRAM_HASH_ENABLED was left out of this submission, built for False"
+    ):
         module.load_config({"BIGRAM_HASH_ENABLED": "1"})
+
+
+def test_a_submission_has_nothing_that_only_its_makers_need() -> None:
+    names = {
+        train_gpt.defined(n)
+        for n in ast.parse(train_gpt.specialized(Path(train_gpt.__file__).read_text(), Config())).body
+    }
+    assert {"main", "train", "adapt_and_score", "FusedSerial", "up_leaky", "build_submission"} <= names
+    assert not {"minify", "specialized", "print_help", "print_sizes", "xielu_of", "STUB", "IS_SUBMISSION"} & names
+
+
+def test_conditions_fold() -> None:
+    cases = {
+        "if c.a and f(): x()": "pass", "if f() and c.a:\n x()\nelse:\n y()": "if f() and False:\n x()\nelse:\n y()",
+        "x = 1 if c.b == 3 else 2": "x = 1", "x = c.a or g": "x = g", "x = not c.a": "x = True",
+        "x = [(c.a, 's'), (g, 't')]": "x = [(g, 't')]", "f('a', ('a', 'z'), a=1, z=2)": "f('a', ('z',), z=2)",
+        "if not c.a and g:\n x()": "if g:\n x()", "x = d.z": "x = d.z",
+    }  # fmt: skip
+    for before, after in cases.items():
+        tree = train_gpt.Specialize(dict(a=False, b=3)).visit(ast.parse(before))
+        got = ast.unparse(ast.fix_missing_locations(tree)) or "pass"
+        assert got == ast.unparse(ast.parse(after)), before
 
 
 # ---- the whole pipeline, every switch at once, one and two processes -------------------------------------------------

@@ -1,0 +1,255 @@
+"""Paired runs of train_gpt.py: a baseline and settings on the same seeds, steps and batches, and what they change.
+
+    python ablate.py "MUON_GRAD_POWER=0.9 WD_TAPER_START_FRAC=0.7,WD_TAPER_FINAL_MULT=0.5"
+
+Spaces separate settings, commas the knobs of one. All other knobs come from the environment and hold for every run;
+without any the model is that of PRESET=demo, which a CPU trains in minutes. Steps must not depend on the clock, so
+MAX_WALLCLOCK_SECONDS is 0 here. Besides the knobs this program reads
+
+    SEEDS="42 0"       seeds that every setting runs with
+    NPROC=1            processes of a run, started by torchrun if there are several
+    OUT=runs/ablate    folder of the runs, their output and table.md
+
+A run that has a result stays while its settings and the program are the same; every other one starts anew. A setting
+that only scoring reads scores the baseline's artifact instead of training again. Exit code 0: every run has a result;
+1: some have none; 2: the settings cannot work.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+PROGRAM = Path(__file__).resolve().parent / "train_gpt.py"
+ARTIFACT = "final_model.int6.ptz"
+BASELINE = "baseline"
+
+# What only scoring reads: with the same artifact these knobs give the score that a whole run would.
+SCORING = ("TTT_", "PHASED_TTT_", "GLOBAL_TTT_", "LORA_PLUS_", "TAPIN_", "EVAL_HASH_EMB_", "EVAL_LOOP_EMB_")
+OURS = ("SEED", "RUN_DIR", "RUN_ID", "ARTIFACT_DIR", "FROM_STAGE", "RESUME", "EVAL_ONLY_ARTIFACT", "PRESET")
+PLACES = {name.lower() for name in OURS} - {"seed"}  # of a run; they change no number
+
+STAGES = {  # result -> its column, and how a difference is written
+    "bpb_float": ("float bpb", ".5f"), "bpb_quantized": ("quantized bpb", ".5f"), "bpb_ttt": ("bpb after TTT", ".5f"),
+    "bpb_ttt_partial": ("bpb after TTT, partial", ".5f"), "total_bytes": ("bytes", ".0f"),
+    "train_seconds": ("training s", ".1f"), "ttt_seconds": ("TTT s", ".1f"),
+}  # fmt: skip
+
+
+class Refused(Exception):
+    """Why nothing runs, a sentence per problem."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Knobs that differ from the baseline's, by name in upper case."""
+
+    name: str
+    knobs: Mapping[str, str]
+
+    @property
+    def scoring_only(self) -> bool:
+        return bool(self.knobs) and all(k.startswith(SCORING) for k in self.knobs)
+
+    def folder(self, out: Path, seed: int) -> Path:
+        return out / re.sub(r"[^\w.=,+-]", "_", self.name) / f"seed{seed}"
+
+
+def parse_settings(text: str) -> list[Setting]:
+    """The baseline, then every setting. A comma that no knob follows belongs to the value before it."""
+    settings = [Setting(BASELINE, {})]
+    for word in dict.fromkeys(text.split()):
+        pairs = [part.partition("=") for part in re.split(r",(?=[A-Z]\w*=)", word)]
+        for knob, equals, _ in pairs:
+            if not re.fullmatch(r"[A-Z]\w*", knob) or not equals:
+                raise Refused(f"{word}: write KNOB=VALUE, or KNOB=VALUE,KNOB=VALUE")
+            if knob in OURS:
+                raise Refused(f"{word}: {knob} belongs to ablate.py; seeds are SEEDS, the folder is OUT")
+        settings.append(Setting(word, {knob: value for knob, _, value in pairs}))
+    if len(settings) == 1:
+        raise Refused('nothing to compare: give settings such as "MUON_GRAD_POWER=0.9 MUON_WD=0.05,ADAM_WD=0"')
+    return settings
+
+
+def parse_numbers(name: str, default: str) -> list[int]:
+    text = os.environ.get(name) or default
+    if not re.fullmatch(r"\s*\d+(\s+\d+)*\s*", text):
+        raise Refused(f"{name}={text!r}: give whole numbers with spaces between them")
+    return [int(n) for n in dict.fromkeys(text.split())]
+
+
+# ---- Runs ------------------------------------------------------------------------------------------------------------
+CHECK = """
+import json, sys
+from dataclasses import asdict
+import train_gpt
+for env in json.load(sys.stdin):
+    try:
+        print(json.dumps(asdict(train_gpt.load_config(env))))
+    except train_gpt.ConfigError as e:
+        print(json.dumps(str(e)))
+"""
+
+
+def base_environment() -> dict[str, str]:
+    env = {k: v for k, v in os.environ.items() if k not in (*OURS, "SEEDS", "NPROC", "OUT")}
+    env["PRESET"] = os.environ.get("PRESET", "demo")
+    env.setdefault("MAX_WALLCLOCK_SECONDS", "0")
+    return env
+
+
+def resolved(settings: Sequence[Setting], env: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+    """The whole configuration of every setting. Raises Refused with all problems."""
+    command = [sys.executable, "-c", CHECK]
+    envs = json.dumps([{**env, **s.knobs} for s in settings])
+    done = subprocess.run(command, input=envs, cwd=PROGRAM.parent, capture_output=True, text=True)
+    if done.returncode:
+        raise Refused(f"train_gpt.py cannot be imported: {last_line(done.stderr)}")
+    configs, problems = {}, []
+    for setting, line in zip(settings, done.stdout.splitlines(), strict=True):
+        config = json.loads(line)
+        if isinstance(config, str):
+            problems += [f"{setting.name}: {sentence}" for sentence in config.splitlines()]
+            continue
+        problems += [f"{setting.name}: {k} is no knob" for k in setting.knobs if k.lower() not in config]
+        if config["max_wallclock_seconds"] > 0:
+            problems.append(f"{setting.name}: runs compare after the same steps: leave MAX_WALLCLOCK_SECONDS at 0")
+        configs[setting.name] = config
+    if problems:
+        raise Refused("\n".join(dict.fromkeys(problems)))
+    return configs
+
+
+def last_line(text: str) -> str:
+    return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "no output")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Empty if the file is missing or broken, as one is whose writer was killed."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def finished(folder: Path, identity: Mapping[str, Any]) -> dict[str, Any]:
+    """The result that a run of this identity has left, or nothing."""
+    return read_json(folder / "run.json").get("result", {}) if read_json(folder / "ablate.json") == identity else {}
+
+
+class Runner:
+    """Runs settings one after another, each in a process, or several, of its own."""
+
+    def __init__(self, settings: Sequence[Setting], out: Path, nproc: int):
+        self.out, self.nproc, self.env = out, nproc, base_environment()
+        self.configs = resolved(settings, self.env)
+        self.program = hashlib.sha256(PROGRAM.read_bytes()).hexdigest()
+        self.results: dict[str, dict[int, dict[str, Any]]] = {s.name: {} for s in settings}
+
+    def run(self, setting: Setting, seed: int) -> str:
+        """One run, or what is left of an earlier one; returns what became of it, in a few words."""
+        folder, config = setting.folder(self.out, seed), self.configs[setting.name]
+        identity = {"config": {k: v for k, v in config.items() if k not in PLACES} | {"seed": seed},
+                    "processes": self.nproc, "program": self.program}  # fmt: skip
+        base = self.results[BASELINE].get(seed, {})
+        env = {**self.env, **setting.knobs, "SEED": str(seed), "RUN_DIR": str(folder)}
+        if setting.scoring_only:
+            if not base:
+                return "skipped: the baseline has no artifact"
+            env.pop("EVAL_ONLY_CHECKPOINT", None)
+            env["EVAL_ONLY_ARTIFACT"] = str(Setting(BASELINE, {}).folder(self.out, seed) / ARTIFACT)
+        began, result = time.monotonic(), finished(folder, identity)
+        if not result:
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+            (folder / "ablate.json").write_text(json.dumps(identity, indent=1))
+            code = self.launch(env, folder / "output.txt")
+            result = finished(folder, identity)
+            if not result:
+                text = (folder / "output.txt").read_text(errors="replace")
+                return f"FAILED with code {code}: {last_line(text)} (all of it: {folder / 'output.txt'})"
+        # What an artifact is made from, a run that only scores it shares with the baseline.
+        self.results[setting.name][seed] = (base if setting.scoring_only else {}) | result
+        scores = " ".join(
+            f"{name.removeprefix('bpb_')} {result[name]:.5f}" for name in STAGES if name[:3] == "bpb" and name in result
+        )
+        return f"{scores} ({time.monotonic() - began:.0f}s)"
+
+    def launch(self, env: Mapping[str, str], output: Path) -> int:
+        many = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={self.nproc}"]
+        command = [sys.executable, *(many if self.nproc > 1 else []), str(PROGRAM)]
+        with open(output, "wb") as file, subprocess.Popen(command, env=env, stdout=file, stderr=file) as process:
+            try:
+                return process.wait()
+            finally:  # nothing survives an interruption
+                if process.poll() is None:
+                    process.terminate()
+
+
+# ---- Table -----------------------------------------------------------------------------------------------------------
+def written(values: Sequence[float], form: str, sign: str = "") -> str:
+    """Mean and, of several values, their standard deviation."""
+    if not values:
+        return "-"
+    if sign and not any(values):
+        return "same"
+    mean = format(statistics.mean(values), f"{sign},{form}")
+    return mean if len(values) == 1 else f"{mean} +- {statistics.stdev(values):,{form}}"
+
+
+def table(settings: Sequence[Setting], results: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> str:
+    """The baseline's figures, then setting minus baseline by seed: Markdown."""
+    base = results[BASELINE]
+    columns = [k for k in STAGES if any(k in r for r in base.values())]
+    rows = [["setting", "seeds", *(STAGES[k][0] for k in columns)], ["---"] * (len(columns) + 2)]
+    for setting in settings:
+        mine, cells = results[setting.name], []
+        seeds = [s for s in mine if s in base]
+        for key in columns:
+            form, pairs = STAGES[key][1], [(mine[s][key], base[s][key]) for s in seeds if key in mine[s]]
+            if setting.name == BASELINE:
+                cells.append(written([a for a, _ in pairs], form))
+            else:
+                cells.append(written([a - b for a, b in pairs], form, "+"))
+        rows.append([f"`{setting.name}`", str(len(seeds)), *cells])
+    lines = ["| " + " | ".join(r) + " |" for r in rows]
+    return "\n".join(
+        [*lines, "", "Below the baseline: setting minus baseline by seed, mean +- standard deviation.", ""]
+    )
+
+
+def main() -> int:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        settings = parse_settings(" ".join(sys.argv[1:]))
+        seeds, (nproc, *_) = parse_numbers("SEEDS", "42 0"), parse_numbers("NPROC", "1")
+        runner = Runner(settings, out := Path(os.environ.get("OUT") or "runs/ablate"), nproc)
+    except Refused as e:
+        print("these settings cannot work:", *str(e).splitlines(), sep="\n  - ", file=sys.stderr)
+        return 2
+    jobs = [(setting, seed) for seed in seeds for setting in settings]
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        for i, (setting, seed) in enumerate(jobs, 1):
+            print(f"[{i}/{len(jobs)}] {setting.name} seed {seed}: ", end="", flush=True)
+            print(runner.run(setting, seed), flush=True)
+            (out / "table.md").write_text(table(settings, runner.results))
+    except KeyboardInterrupt:
+        print("interrupted: the same command goes on with the run that this was")
+        return 130
+    print(f"\n{table(settings, runner.results)}\nwritten to {out / 'table.md'}")
+    return 0 if all(len(r) == len(seeds) for r in runner.results.values()) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,210 @@
+"""Paired runs with a stand-in for train_gpt.py, whose scores are known; that the real one is driven alike ends it."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from support import ROOT
+
+import ablate
+import train_gpt
+
+# Its loss is a formula of its knobs; DIE makes it end as a failing run does, HANG as one that is killed.
+STAND_IN = """
+import json, os, sys
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+class ConfigError(ValueError):
+    pass
+
+@dataclass
+class Config:
+    seed: int = 0
+    run_dir: str = ""
+    max_wallclock_seconds: float = 0.0
+    muon_wd: float = 1.0
+    ttt_lora_lr: float = 1.0
+    die: int = 0
+    hang: int = 0
+    eval_only_artifact: str = ""
+
+def load_config(env):
+    try:
+        return Config(**{f.name: type(f.default)(env[f.name.upper()]) for f in fields(Config) if f.name.upper() in env})
+    except ValueError as e:
+        raise ConfigError(str(e)) from None
+
+if __name__ == "__main__":
+    c = load_config(os.environ)
+    folder = Path(c.run_dir)
+    with open(folder.parents[1] / "ran.txt", "a") as f:
+        print(f"{folder.parent.name} {c.seed} {c.eval_only_artifact}", file=f)
+    if c.die:
+        print("some line")
+        sys.exit("it died, as asked")
+    if c.hang:
+        os.kill(os.getpid(), 9)
+    scored = c.eval_only_artifact
+    artifact = float(Path(scored).read_text()) if scored else 2 + c.seed / 100 + c.muon_wd * (1 + c.seed / 1000)
+    result = dict(bpb_quantized=artifact, bpb_ttt=artifact - c.ttt_lora_lr / 10, ttt_seconds=1.5)
+    if not scored:
+        (folder / "final_model.int6.ptz").write_text(str(artifact))
+        result.update(bpb_float=artifact - 0.01, total_bytes=1000 * int(c.muon_wd), train_seconds=2.0)
+    (folder / "run.json").write_text(json.dumps(dict(result=result)))
+    sys.exit(3)
+"""
+
+Run = Callable[..., int]
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Runs ablate.py on the stand-in; knobs are the environment's. Returns the exit code."""
+    program = tmp_path / "train_gpt.py"
+    program.write_text(STAND_IN)
+    monkeypatch.setattr(ablate, "PROGRAM", program)
+    monkeypatch.setattr(ablate.signal, "signal", lambda *_: None)
+    for name in [k for k in os.environ if k.lower() in {f.name for f in train_gpt.fields(train_gpt.Config)}]:
+        monkeypatch.delenv(name)
+
+    def call(*settings: str, **env: object) -> int:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("sys.argv", ["ablate.py", *settings])
+            for name, value in {"OUT": tmp_path / "out", "SEEDS": "1 2", **env}.items():
+                patch.setenv(name, str(value))
+            return ablate.main()
+
+    return call
+
+
+def ran(tmp_path: Path) -> list[str]:
+    """What has been started since the last call."""
+    path = tmp_path / "out" / "ran.txt"
+    lines = path.read_text().splitlines() if path.exists() else []
+    path.unlink(missing_ok=True)
+    return [" ".join(line.split()[:2]) for line in lines]
+
+
+def cells(tmp_path: Path) -> dict[str, dict[str, str]]:
+    rows = [[c.strip() for c in line.strip("| \n").split("|")]
+            for line in (tmp_path / "out" / "table.md").read_text().splitlines() if line.startswith("|")]  # fmt: skip
+    return {r[0].strip("`"): dict(zip(rows[0][1:], r[1:], strict=True)) for r in rows[2:]}
+
+
+def test_differences_are_paired_by_seed(run: Run, tmp_path: Path) -> None:
+    assert run("MUON_WD=3 MUON_WD=3,TTT_LORA_LR=2") == 0
+    table = cells(tmp_path)
+    pairs = [2 * 1.001, 2 * 1.002]  # the seeds' own offsets, ten times that spread, are gone
+    assert table["MUON_WD=3"]["float bpb"] == f"+{statistics.mean(pairs):.5f} +- {statistics.stdev(pairs):.5f}"
+    assert table["MUON_WD=3"]["bpb after TTT"] == table["MUON_WD=3"]["float bpb"]
+    assert table["MUON_WD=3"]["bytes"] == "+2,000 +- 0"
+    assert table["MUON_WD=3"]["training s"] == "same"
+    assert table["MUON_WD=3,TTT_LORA_LR=2"]["bpb after TTT"] == f"+{statistics.mean(pairs) - 0.1:.5f} +- 0.00141"
+    assert table["baseline"]["quantized bpb"].startswith("3.016")
+    assert table["baseline"]["seeds"] == "2"
+
+
+def test_what_only_scoring_reads_is_scored_on_the_baselines_artifact(run: Run, tmp_path: Path) -> None:
+    assert run("TTT_LORA_LR=3", SEEDS=7) == 0
+    lines = (tmp_path / "out" / "ran.txt").read_text().splitlines()
+    assert lines[1] == f"TTT_LORA_LR=3 7 {tmp_path / 'out' / 'baseline' / 'seed7' / 'final_model.int6.ptz'}"
+    row = cells(tmp_path)["TTT_LORA_LR=3"]
+    assert (row["float bpb"], row["quantized bpb"], row["bpb after TTT"], row["bytes"]) == (
+        "same", "same", "-0.20000", "same")  # fmt: skip
+    assert run("MUON_WD=2,TTT_LORA_LR=3", SEEDS=7) == 0
+    assert (tmp_path / "out" / "ran.txt").read_text().splitlines()[2] == "MUON_WD=2,TTT_LORA_LR=3 7 "
+
+
+def test_a_failing_setting_is_reported_and_the_others_go_on(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("DIE=1 MUON_WD=2") == 1
+    assert "DIE=1 seed 1: FAILED with code 1: it died, as asked" in capsys.readouterr().out
+    table = cells(tmp_path)
+    assert table["DIE=1"]["seeds"] == "0"
+    assert table["DIE=1"]["float bpb"] == "-"
+    assert table["MUON_WD=2"]["seeds"] == "2"
+    assert run("TTT_LORA_LR=2", DIE=1) == 1
+    assert "skipped: the baseline has no artifact" in capsys.readouterr().out
+
+
+def test_what_is_finished_stays(run: Run, tmp_path: Path) -> None:
+    every = ["baseline 1", "MUON_WD=2 1", "baseline 2", "MUON_WD=2 2"]
+    assert run("MUON_WD=2") == 0
+    assert ran(tmp_path) == every
+    assert run("MUON_WD=2 TTT_LORA_LR=2", SEEDS="1 2") == 0
+    assert ran(tmp_path) == ["TTT_LORA_LR=2 1", "TTT_LORA_LR=2 2"]
+    before = cells(tmp_path)
+    assert run("MUON_WD=2", SEEDS="2 1 3", IGNORED_BY_ALL="x") == 0
+    assert ran(tmp_path) == ["baseline 3", "MUON_WD=2 3"]
+    assert run("MUON_WD=2 TTT_LORA_LR=2") == 0
+    assert ran(tmp_path) == []
+    assert cells(tmp_path) == before
+    assert run("MUON_WD=2", TTT_LORA_LR=5) == 0
+    assert ran(tmp_path) == every, "another baseline is another run"
+    ablate.PROGRAM.write_text(STAND_IN + "# changed\n")
+    assert run("MUON_WD=2", TTT_LORA_LR=5) == 0
+    assert ran(tmp_path) == every, "so is another program"
+
+
+def test_what_was_interrupted_starts_anew(run: Run, tmp_path: Path) -> None:
+    assert run("MUON_WD=2", SEEDS=1, HANG=0) == 0
+    ran(tmp_path)
+    folder = tmp_path / "out" / "MUON_WD=2" / "seed1"
+    (folder / "run.json").write_text('{"result": {"bpb')  # killed as it wrote
+    (folder / "checkpoint.pt").touch()
+    assert run("MUON_WD=2", SEEDS=1, HANG=0) == 0
+    assert ran(tmp_path) == ["MUON_WD=2 1"]
+    assert not (folder / "checkpoint.pt").exists()
+    assert run("HANG=1", SEEDS=1) == 1
+    assert run("HANG=1", SEEDS=1) == 1
+    assert ran(tmp_path) == ["HANG=1 1", "HANG=1 1"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "env", "words"),
+    [
+        ("", {}, "nothing to compare"),
+        ("MUON_WD", {}, "KNOB=VALUE"),
+        ("muon_wd=2", {}, "KNOB=VALUE"),
+        ("SEED=2", {}, "SEEDS"),
+        ("MUON_WDD=2", {}, "MUON_WDD is no knob"),
+        ("MUON_WD=high MUON_WD=2", {}, "MUON_WD=high: could not convert"),
+        ("MUON_WD=2", {"MAX_WALLCLOCK_SECONDS": 600}, "same steps"),
+        ("MUON_WD=2", {"SEEDS": "one"}, "SEEDS"),
+        ("MUON_WD=2", {"NPROC": "-1"}, "NPROC"),
+    ],
+)
+def test_bad_settings_are_refused_at_once(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str], settings: str, env: dict[str, object], words: str
+) -> None:
+    assert run(settings, **env) == 2
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_commas_may_be_part_of_a_value() -> None:
+    _, a, b = ablate.parse_settings("TTT_EVAL_BATCHES=1,2,3 SPINQUANT_SITES=attn_in,mlp_in,MUON_WD=0.1")
+    assert a.knobs == {"TTT_EVAL_BATCHES": "1,2,3"}
+    assert b.knobs == {"SPINQUANT_SITES": "attn_in,mlp_in", "MUON_WD": "0.1"}
+    assert a.scoring_only and not b.scoring_only
+
+
+def test_the_program_is_the_one_it_takes_it_for() -> None:
+    """Names of the artifact, of the knobs that are set here, and of those that a trained artifact cannot depend on."""
+    knobs = {f.name.upper() for f in train_gpt.fields(train_gpt.Config)}
+    assert ablate.ARTIFACT == train_gpt.ARTIFACT_NAME
+    assert set(ablate.OURS) | {"MAX_WALLCLOCK_SECONDS", "EVAL_ONLY_CHECKPOINT"} <= knobs
+    assert all(any(k.startswith(prefix) for k in knobs) for prefix in ablate.SCORING)
+    assert not [k for k in train_gpt.MODEL_FIELDS if k.upper().startswith(ablate.SCORING)]
+    assert ROOT / "train_gpt.py" == ablate.PROGRAM
+    settings = ablate.parse_settings("MUON_GRAD_POWER=0.9")
+    configs = ablate.resolved(settings, {"PRESET": "demo", "MAX_WALLCLOCK_SECONDS": "0"})
+    assert [c["muon_grad_power"] for c in configs.values()] == [1.0, 0.9]
+    assert json.dumps(configs)
