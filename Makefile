@@ -3,6 +3,7 @@
 #
 #   make PYTHON=/path/to/python3.12 ...   choose the interpreter
 #   make PIP_FLAGS="..." ...              options for pip, for instance the index of the CPU builds of PyTorch
+#   make LOCKED=1 ...                     install everything but PyTorch by the hashes of requirements.lock
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -23,8 +24,15 @@ TOKENIZER := tokenizer/caseops_8192.model
 DEMO := data/demo
 DEMO_DATASET := $(DEMO)/datasets/fineweb10B_sp8192_lossless_caps_caseops_v1_reserved
 DEMO_VAL_DOCS ?= 24
+FUZZ_CASES ?= 100000
+FUZZ_SEED ?= 0
+STRESS_RUNS ?= 50
+STRESS_SEED ?= 0
+SOAK_RUNS ?= 30
+SOAK_HOURS ?= 2
+AUDIT_FLAGS := --disable-pip --require-hashes --progress-spinner off --timeout 10
 
-.PHONY: help setup demo ablate test lint size bench records readme clean
+.PHONY: help setup demo ablate test fuzz stress soak lint size bench records readme clean
 
 help:  ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-7s %s\n", $$1, $$2}' Makefile
@@ -46,8 +54,22 @@ ablate: $(if $(DATA_PATH),$(RUN_READY),$(DEMO)/.prepared)  ## SETTINGS="A=1 B=2,
 test: $(DEV_READY)  ## all tests; those marked gpu skip themselves without a GPU
 	@$(PY) -m pytest -q
 
-lint: $(DEV_READY)  ## ruff over the whole folder
+fuzz: $(DEV_READY)  ## 100,000 damaged and lying artifacts: each loads or fails by name (FUZZ_CASES, FUZZ_SEED)
+	@PYTHONPATH=. $(PY) tests/fuzz_artifact.py $(FUZZ_CASES) $(FUZZ_SEED)
+
+stress: $(DEV_READY)  ## 50 runs killed at random moments end in the undisturbed number (STRESS_RUNS, STRESS_SEED)
+	@PYTHONPATH=. OMP_NUM_THREADS=1 $(PY) tests/stress_kill.py $(STRESS_RUNS) $(STRESS_SEED)
+
+soak: $(DEMO)/.prepared $(DEV_READY)  ## 30 seeds or 2 hours of the demo: no failure, no growth (SOAK_RUNS, SOAK_HOURS)
+	@PYTHONPATH=. $(PY) tests/soak.py $(SOAK_RUNS) $(SOAK_HOURS)
+
+lint: $(DEV_READY)  ## ruff over the whole folder; known vulnerabilities where pip-audit is installed and gets an answer
 	@$(PY) -m ruff check .
+	@audit=$$(command -v $(VENV)/bin/pip-audit || command -v pip-audit || true); \
+	if [ -z "$$audit" ]; then echo "lint: no pip-audit here, known vulnerabilities were not looked up"; \
+	elif said=$$("$$audit" $(AUDIT_FLAGS) -r requirements.lock 2>&1); then echo "pip-audit: nothing known"; \
+	elif grep -q "known vulnerabilit" <<< "$$said"; then echo "$$said"; exit 1; \
+	else echo "lint: pip-audit got no answer: $$(tail -1 <<< "$$said")"; fi
 
 size: $(RUN_READY)  ## bytes of the program by part, and with RUN=runs/demo those of that run's artifact
 	@$(PY) train_gpt.py --size $(RUN)
@@ -107,6 +129,7 @@ $(VENV)/.created:
 
 $(RUN_READY): requirements.txt $(VENV)/.created
 	@echo "setup: installing requirements.txt (PyTorch is large; once only)"
+	@if [ -n "$(LOCKED)" ]; then $(call pip_install,requirements.lock --require-hashes); fi
 	@$(call pip_install,$<)
 	@touch $@
 

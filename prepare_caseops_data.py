@@ -1,6 +1,7 @@
 """Documents to CaseOps token shards with exact byte counts. Also trains the tokenizer and builds sample documents.
 
     python prepare_caseops_data.py --docs docs.jsonl --out data --sp tokenizer/caseops_8192.model [--val-docs 50000]
+    python prepare_caseops_data.py --verify --out data [--sp MODEL] [--docs docs.jsonl]
     python prepare_caseops_data.py --train-tokenizer out.model --docs docs_train.jsonl.xz
     python prepare_caseops_data.py --sample sample.jsonl
 
@@ -29,9 +30,10 @@ Contents:
     5. Shards
     6. Progress, resume, manifest
     7. Preparing a data set
-    8. Training the tokenizer
-    9. Sample documents
-    10. Command line
+    8. Verifying a data set
+    9. Training the tokenizer
+    10. Sample documents
+    11. Command line
 """
 
 from __future__ import annotations
@@ -58,7 +60,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -1109,7 +1111,237 @@ def prepare(options: Options) -> dict[str, Any]:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 8. TRAINING THE TOKENIZER
+# 8. VERIFYING A DATA SET
+# Shards are read as a loader reads them, not as they were written. Each check adds a sentence to what holds or to what
+# does not; with the documents at hand every token and every byte count is made again and compared.
+
+
+@dataclass
+class Findings:
+    """What --verify has to say."""
+
+    proven: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+    def expect(self, holds: bool, proven: str, problem: str) -> bool:
+        (self.proven if holds else self.problems).append(proven if holds else problem)
+        return holds
+
+
+def read_shard(path: Path) -> np.ndarray:
+    """The uint16 values of a shard, mapped; raises PrepareError for one that is cut short or none at all."""
+    header = np.fromfile(path, dtype="<i4", count=SHARD_HEADER_INTS)
+    if len(header) < SHARD_HEADER_INTS or header[:2].tolist() != [SHARD_MAGIC, SHARD_VERSION]:
+        raise PrepareError(f"{path} is not a token shard")
+    offset, promised = 4 * SHARD_HEADER_INTS, int(header[2])
+    if path.stat().st_size != offset + 2 * promised:
+        raise PrepareError(f"{path} has {path.stat().st_size} bytes, its header promises {offset + 2 * promised}")
+    return np.memmap(path, "<u2", "r", offset) if promised else np.empty(0, "<u2")
+
+
+def split_shards(folder: Path, kind: str) -> list[np.ndarray]:
+    """All shards of `train`, `val` or `val_bytes`, in order; raises PrepareError where a number is missing."""
+    paths = sorted(folder.glob(f"fineweb_{kind}_[0-9]*.bin"))
+    for number, path in enumerate(paths):
+        if path.name != f"fineweb_{kind}_{number:06d}.bin":
+            raise PrepareError(f"{folder / f'fineweb_{kind}_{number:06d}.bin'} is missing: {path.name} comes instead")
+    return [read_shard(path) for path in paths]
+
+
+def shard_documents(shards: Iterable[np.ndarray]) -> Iterator[bytes]:
+    """The tokens of each document, wherever shards end; text before the first BOS is passed over."""
+    open_document: bytes | None = None
+    for shard in shards:
+        starts = np.flatnonzero(shard == BOS_ID).tolist()
+        head = shard[: starts[0] if starts else len(shard)].tobytes()
+        open_document = None if open_document is None else open_document + head
+        for start, end in itertools.pairwise([*starts, len(shard)]):
+            if open_document is not None:
+                yield open_document
+            open_document = shard[start:end].tobytes()
+    if open_document is not None:
+        yield open_document
+
+
+class ShardReader:
+    """One split as a stream, to be compared with what it should be."""
+
+    def __init__(self, shards: list[np.ndarray]) -> None:
+        self.shards, self.shard, self.at = shards, 0, 0
+
+    def take(self, n: int) -> np.ndarray:
+        """The next n values, fewer at the end."""
+        parts: list[np.ndarray] = []
+        while n and self.shard < len(self.shards):
+            parts.append(self.shards[self.shard][self.at : self.at + n])
+            n, self.at = n - len(parts[-1]), self.at + len(parts[-1])
+            if self.at == len(self.shards[self.shard]):
+                self.shard, self.at = self.shard + 1, 0
+        return np.concatenate(parts) if parts else np.empty(0, "<u2")
+
+    def rest(self) -> int:
+        """How many are left."""
+        return sum(map(len, self.shards[self.shard :])) - self.at
+
+
+def verify(options: Options, with_tokenizer: bool) -> Findings:
+    """Read a data set again and compare it with itself, its manifest and, if there are any, its documents."""
+    found = Findings()
+    try:
+        splits = {kind: split_shards(options.folder, kind) for kind in ("train", "val", "val_bytes")}
+        if not splits["val"] or not splits["train"]:
+            raise PrepareError(f"{options.folder} holds no {'val' if splits['train'] else 'train'} shards")
+        manifest = _read_json(options.folder / "manifest.json")
+        _verify_counts(splits, options.sp if with_tokenizer else None, found)
+        _verify_overlap(splits, found)
+        if manifest is None:
+            found.proven.append("there is no manifest.json to compare with")
+        else:
+            _verify_manifest(options, splits, manifest, with_tokenizer, found)
+        if options.docs:
+            _verify_documents(options, splits, manifest, found)
+    except PrepareError as error:
+        found.problems.append(str(error))
+    return found
+
+
+def _n_documents(shards: list[np.ndarray]) -> int:
+    return sum(int(np.count_nonzero(shard == BOS_ID)) for shard in shards)
+
+
+def _verify_counts(splits: dict[str, list[np.ndarray]], sp: Path | None, found: Findings) -> None:
+    """Tokens and sidecar in lock-step, documents from the first token on, operators that stand for no text."""
+    val, counts = splits["val"], splits["val_bytes"]
+    lengths = [list(map(len, shards)) for shards in (val, counts)]
+    total = sum(int(shard.astype(np.int64).sum()) for shard in counts)
+    found.expect(
+        lengths[0] == lengths[1],
+        f"every validation token has its byte count: {sum(lengths[0]):,} tokens, {_n_documents(val):,} documents, "
+        f"{total:,} bytes",
+        f"validation shards have {lengths[0]} tokens, their byte counts are {lengths[1]}",
+    )
+    for split in ("val", "train"):
+        first = next((int(shard[0]) for shard in splits[split] if len(shard)), None)
+        found.expect(
+            first == BOS_ID, f"{split} starts with a document", f"{split} starts with token {first}, not with BOS"
+        )
+    if sp is None or lengths[0] != lengths[1]:
+        return
+    marks = [load_tokenizer(sp).piece_to_id(control) for control in CONTROLS]
+    marked = np.concatenate([count[np.isin(ids, marks)] for ids, count in zip(val, counts, strict=True)])
+    share = float((marked > 0).mean()) if len(marked) else 0.0  # escaped ones, and those behind dropped blanks, count
+    found.expect(
+        share < 0.01,
+        "case markers stand for no bytes",
+        f"{share:.0%} of the case markers are counted as text, which makes bits per byte too low",
+    )
+
+
+def _verify_overlap(splits: dict[str, list[np.ndarray]], found: Findings) -> None:
+    """No training document has the tokens of a validation document; documents without any do not matter."""
+    digest = lambda document: hashlib.blake2b(document, digest_size=12).digest()
+    held_out = {digest(document): i for i, document in enumerate(shard_documents(splits["val"])) if len(document) > 2}
+    n_same, first = 0, ""
+    for i, document in enumerate(shard_documents(splits["train"])):
+        same = held_out.get(digest(document))
+        if same is not None:
+            first = first or f"training document {i:,} is validation document {same:,}"
+            n_same += 1
+    found.expect(
+        n_same == 0,
+        f"none of the {_n_documents(splits['train']):,} training documents is a validation document",
+        f"{n_same:,} training documents are validation documents as well (the first: {first})",
+    )
+
+
+def _verify_manifest(
+    options: Options,
+    splits: dict[str, list[np.ndarray]],
+    manifest: dict[str, Any],
+    with_tokenizer: bool,
+    found: Findings,
+) -> None:
+    """Files, totals and tokenizer are those that manifest.json names."""
+    for row in manifest["files"]:
+        try:
+            check_files(options.folder, [row])
+        except PrepareError as error:
+            found.problems.append(str(error).split(";")[0])
+    names = {row["name"] for row in manifest["files"]}
+    extra = sorted(path.name for path in options.folder.glob("fineweb_*.bin") if path.name not in names)
+    found.expect(
+        not extra, f"manifest.json names all {len(names)} files", f"manifest.json does not name {', '.join(extra)}"
+    )
+    for split in ("val", "train"):
+        theirs = [manifest["splits"][split][key] for key in ("documents", "tokens")]
+        ours = [_n_documents(splits[split]), sum(map(len, splits[split]))]
+        found.expect(
+            ours == theirs,
+            f"{split} has the {ours[0]:,} documents and {ours[1]:,} tokens of manifest.json",
+            f"{split} has {ours} documents and tokens, manifest.json says {theirs}",
+        )
+    n_bytes = sum(int(shard.astype(np.int64).sum()) for shard in splits["val_bytes"])
+    wanted = manifest["splits"]["val"]["bytes"]
+    found.expect(
+        n_bytes == wanted, f"the byte counts sum to {wanted:,}", f"the byte counts sum to {n_bytes:,}, not {wanted:,}"
+    )
+    if with_tokenizer:
+        found.expect(
+            _file_sha256(options.sp) == manifest["tokenizer"]["sha256"],
+            "the tokenizer is the one of manifest.json",
+            f"{options.sp} is not the tokenizer that manifest.json names",
+        )
+
+
+def _verify_documents(
+    options: Options, splits: dict[str, list[np.ndarray]], manifest: dict[str, Any] | None, found: Findings
+) -> None:
+    """Encode every document again: the shards hold exactly their tokens and bytes, in their order."""
+    if options.val_docs is None and manifest is not None:
+        options = replace(options, val_docs=manifest["settings"]["val_docs"])
+    readers = {kind: ShardReader(shards) for kind, shards in splits.items()}
+    totals, bar = {"val": Totals(), "train": Totals()}, _progress_bar(options)
+    stream = Stream(options, bar.update)
+    try:
+        for encoded in encode_in_order(stream.batches(0, ""), options.workers):
+            if encoded.error:
+                raise PrepareError(encoded.error)
+            _verify_batch(encoded, readers, totals[encoded.batch.split].documents)
+            totals[encoded.batch.split].add(encoded, set())
+    finally:
+        bar.close()
+    for kind, reader in readers.items():
+        if reader.rest():
+            raise PrepareError(f"the {kind} shards hold {reader.rest():,} tokens more than the documents")
+    if manifest is not None:
+        ours, theirs = [source.sha256 for source in stream.sources], [row["sha256"] for row in manifest["sources"]]
+        found.expect(
+            ours == theirs, "the documents are the files of manifest.json", "manifest.json names other document files"
+        )
+    for split, total in totals.items():
+        found.proven.append(
+            f"{split} holds exactly the tokens of {total.documents:,} documents ({total.bytes:,} bytes), in their order"
+        )
+
+
+def _verify_batch(encoded: Encoded, readers: dict[str, ShardReader], first: int) -> None:
+    """Raises PrepareError for the first document of the batch that the shards do not hold as it should be."""
+    split = encoded.batch.split
+    pairs = [(split, encoded.ids, "tokens")] + [("val_bytes", encoded.counts, "byte counts")] * (split == "val")
+    for kind, data, what in pairs:
+        want = np.frombuffer(data, "<u2")
+        have = readers[kind].take(len(want))
+        if len(have) != len(want) or (have != want).any():
+            n = min(len(have), len(want))
+            at = int(np.argmax(np.append(have[:n] != want[:n], True)))
+            document = int(np.searchsorted(np.cumsum(encoded.lengths), at, side="right"))
+            raise PrepareError(f"{what} of {split} document {first + document:,} are not those of its text")
+    if split == "val" and int(np.frombuffer(encoded.counts, "<u2").astype(np.int64).sum()) != encoded.n_bytes:
+        raise PrepareError(f"byte counts from validation document {first:,} on do not sum to the bytes of the texts")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 9. TRAINING THE TOKENIZER
 
 # The settings of the public model. Training is deterministic: num_threads only divides the work and is recorded in the
 # model, input_sentence_size 0 takes every sentence and so leaves nothing to chance.
@@ -1200,7 +1432,7 @@ def train_tokenizer(paths: Iterable[str], out: Path) -> str:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 9. SAMPLE DOCUMENTS
+# 10. SAMPLE DOCUMENTS
 # Real English text that every machine with Python has. Sources are parsed, never imported. One document per file, cut
 # at paragraphs; the same versions of the same packages give the same documents.
 
@@ -1359,13 +1591,14 @@ def _prose_score(text: str) -> float:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 10. COMMAND LINE
+# 11. COMMAND LINE
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description="Documents to CaseOps token shards with exact byte counts.",
-        epilog="An interrupted run continues with the same command. Exit status: 0 done, 2 something to put right.",
+        epilog="An interrupted run continues with the same command. Exit status: 0 done, 1 --verify found something, "
+        "2 something to put right.",
     )
     add = parser.add_argument
     add(
@@ -1393,12 +1626,21 @@ def _parser() -> argparse.ArgumentParser:
     add("--workers", type=int, default=default_workers(), metavar="N", help="processes (default: all cores)")
     add("--shard-tokens", type=int, default=SHARD_TOKENS, metavar="N", help=f"default {SHARD_TOKENS:,}")
     add("--overwrite", action="store_true", help="replace a data set that is there instead of continuing or refusing")
+    add(
+        "--verify",
+        action="store_true",
+        help="read the shards below --out again and prove their counts, with --docs every token of them",
+    )
     add("--train-tokenizer", type=Path, metavar="MODEL", help="train a tokenizer on --docs (training documents only)")
     add("--sample", type=Path, metavar="JSONL", help="write sample documents taken from the installed Python packages")
     return parser
 
 
 def _check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    if args.verify:
+        if not args.out or (args.docs and not args.sp):
+            parser.error("--verify needs --out, and with --docs also --sp")
+        return
     if not args.sample and not args.docs:
         parser.error("name the documents with --docs, or use --sample")
     if not args.sample and not args.train_tokenizer and not (args.out and args.sp):
@@ -1418,17 +1660,31 @@ def _run(args: argparse.Namespace) -> str:
         return f"{args.sample}: {n_docs:,} sample documents, {n_bytes:,} bytes of text"
     if args.train_tokenizer:
         return f"{args.train_tokenizer}: trained, sha256 {train_tokenizer(args.docs, args.train_tokenizer)}"
-    options = Options(
+    options = _options(args)
+    return f"{options.folder}: {_describe(prepare(options))}"
+
+
+def _options(args: argparse.Namespace) -> Options:
+    return Options(
         docs=tuple(args.docs),
         out=args.out,
-        sp=args.sp,
+        sp=args.sp or Path(),
         val_docs=args.val_docs,
         val_docs_file=args.val_docs_file,
         workers=args.workers,
         shard_tokens=args.shard_tokens,
         overwrite=args.overwrite,
     )
-    return f"{options.folder}: {_describe(prepare(options))}"
+
+
+def _report(found: Findings) -> int:
+    """Print what holds and what does not; return the exit status."""
+    for sentence in found.proven:
+        print(f"  {sentence}")
+    for sentence in found.problems:
+        print(f"  WRONG: {sentence}")
+    print(f"verify: {len(found.problems)} problems" if found.problems else "verify: everything holds")
+    return 1 if found.problems else 0
 
 
 def _describe(manifest: dict[str, Any]) -> str:
@@ -1458,6 +1714,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     _check_arguments(parser, args)
     try:
+        if args.verify:
+            return _report(verify(_options(args), with_tokenizer=args.sp is not None))
         print(_run(args))
     except (PrepareError, OSError) as error:
         print(f"prepare_caseops_data: {_sentence(error)}", file=sys.stderr)

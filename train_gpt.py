@@ -61,6 +61,7 @@ import subprocess
 import sys
 import textwrap
 import time
+import traceback
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -114,6 +115,8 @@ class Config:
     save_pre_gptq: bool = False          # also write pre_gptq.pt: the averaged float weights as a plain state dict
     eval_only_checkpoint: str = ""       # state dict to quantize, pack and score instead of training
     eval_only_artifact: str = ""         # artifact to score; needs no training data
+    deterministic: bool = False          # same bits for same seed, machine and ranks; TTT for any number of ranks
+    audit: bool = False                  # check the rules on samples while scoring and write audit.json
     device: str = "auto"                 # auto, cuda or cpu
     compute_dtype: str = "auto"          # activations: bfloat16 or float32; auto: bfloat16 on a GPU, float32 on a CPU
     kernels: str = "auto"                # auto: the fastest that runs here; spec: plain PyTorch everywhere
@@ -464,6 +467,7 @@ def config_rules(c: Config) -> list[tuple[bool, str]]:
         "rope_dims", "gate_window", "muon_backend_steps",
     )  # fmt: skip
     signs = [(getattr(c, k) <= 0, f"{k.upper()} must be above 0, not {getattr(c, k)}") for k in positive]
+    signs.append((not 0 <= c.num_loops <= 100, "NUM_LOOPS must lie in 0..100"))
     if any(bad for bad, _ in signs):
         return named + signs  # the rules below divide by these
     in_lanes = c.num_loops > 0 and 0 < c.parallel_start_layer <= c.loop_end
@@ -474,7 +478,6 @@ def config_rules(c: Config) -> list[tuple[bool, str]]:
         (c.model_dim % c.num_heads != 0, "MODEL_DIM must be divisible by NUM_HEADS"),
         (c.num_heads % c.num_kv_heads != 0, "NUM_HEADS must be divisible by NUM_KV_HEADS"),
         (c.rope_dims % 2 == 1 or c.rope_dims > c.head_dim, f"ROPE_DIMS must be even and at most {c.head_dim}"),
-        (c.num_loops < 0, "NUM_LOOPS must be 0 or more"),
         (c.num_loops > 0 and not 0 <= c.loop_start <= c.loop_end < c.num_layers,
          f"LOOP_START..LOOP_END must lie in 0..{c.num_layers - 1}"),
         (in_lanes, "a looped layer in the two-lane part loses a branch: set LOOP_END below PARALLEL_START_LAYER"),
@@ -496,7 +499,20 @@ def config_rules(c: Config) -> list[tuple[bool, str]]:
          "choose one of EVAL_ONLY_CHECKPOINT, HOTSTART_FP_CKPT, EVAL_ONLY_ARTIFACT, FROM_STAGE and RESUME"),
         (any(not b.strip().isdigit() for b in c.ttt_eval_batches.split(",")) and c.ttt_eval_batches != "",
          f"TTT_EVAL_BATCHES={c.ttt_eval_batches!r}: give batch numbers like 5,250,500"),
+        *proof_rules(c),
         *switch_rules(c),
+    ]  # fmt: skip
+
+
+def proof_rules(c: Config) -> list[tuple[bool, str]]:
+    """As `config_rules`, for DETERMINISTIC and AUDIT."""
+    trains = not (c.from_stage or c.eval_only_artifact or c.eval_only_checkpoint)
+    return [
+        (c.deterministic and trains and c.max_wallclock_seconds > 0,
+         "DETERMINISTIC=1 needs steps instead of a clock: set MAX_WALLCLOCK_SECONDS=0"),
+        (c.deterministic and c.attention in ("fa3", "fa4"),
+         f"ATTENTION={c.attention} sums gradients in any order: DETERMINISTIC=1 needs auto, varlen or sdpa"),
+        (IS_SUBMISSION and c.audit, "a submission has no AUDIT: set it beside the whole program"),
     ]  # fmt: skip
 
 
@@ -581,7 +597,9 @@ class Run:
     started: float = field(default_factory=time.monotonic)
     stop_signal: int = 0
     training: bool = False  # only the training loop can put a signal off until its checkpoint is written
+    stage_name: str = ""  # what is under way, for messages
     _progress_at: float = 0.0
+    _complained: bool = False
 
     @property
     def main(self) -> bool:
@@ -591,15 +609,23 @@ class Run:
         if self.main and console:
             print(text, flush=True)
         if self.main and self.folder and self.folder.is_dir():  # a run that is refused makes none
-            with open(self.folder / "log.txt", "a") as f:
-                f.write(text + "\n")
+            self._append("log.txt", text)
+
+    def _append(self, name: str, line: str) -> None:
+        """A full disk costs lines, not the run."""
+        try:
+            with open(self.folder / name, "a") as f:
+                f.write(line + "\n")
+        except OSError as e:
+            if not self._complained:
+                print(f"WARNING: {self.folder / name} cannot be written: {e.strerror}", flush=True)
+            self._complained = True
 
     def metric(self, kind: str, **values: Any) -> None:
         """Appends one line to metrics.jsonl."""
         if self.main and self.folder:
             row = {"kind": kind, "t": round(time.monotonic() - self.started, 3), **values}
-            with open(self.folder / "metrics.jsonl", "a") as f:
-                f.write(json.dumps(row) + "\n")
+            self._append("metrics.jsonl", json.dumps(row))
 
     def progress(self, what: str, done: float, total: float, since: float, every: float = 2) -> None:
         """At most one line in `every` seconds, with the time that is left at the speed since `since`."""
@@ -621,6 +647,13 @@ class Run:
         if self.world > 1:
             dist.all_reduce(x)
         return x
+
+    def add_in_order(self, total: Tensor, x: Tensor) -> None:
+        """Adds every rank's `x` to `total`, one after another: the same bits on any number of ranks."""
+        every = [torch.empty_like(x) for _ in range(self.world)]
+        dist.all_gather(every, x) if self.world > 1 else every[0].copy_(x)
+        for part in every:
+            total += part
 
     def gather(self, value: Any) -> list[Any]:
         """One small Python object per rank, in rank order, on every rank."""
@@ -656,6 +689,7 @@ class Run:
     def stage(self, name: str) -> Iterator[dict[str, float]]:
         """Times a stage on all ranks; the yielded dict holds its seconds afterwards."""
         clock: dict[str, float] = {}
+        self.stage_name = name
         self.barrier()
         began = time.monotonic()
         yield clock
@@ -665,16 +699,29 @@ class Run:
         self.metric("stage", name=name, seconds=round(clock["seconds"], 3))
         self.log(f"stage {name}: {clock['seconds']:.1f}s")
 
+    def alone(self, work: Callable[[], Any]) -> Any:
+        """What `work` returns on rank 0, everywhere. Raises Stop on every rank if a file cannot be written."""
+        value, problem = None, ""
+        if self.main:
+            try:
+                value = work()
+            except OSError as e:
+                problem = f"cannot write to {self.folder}: {e.strerror}; what was finished before is kept there"
+        value, problem = self.same((value, problem))
+        if problem:
+            raise Stop(problem)
+        return value
+
     def save(self, name: str, write: Callable[[Any], None]) -> None:
         """Rank 0 writes a file of the run folder, whole or not at all."""
-        if self.main:
-            write_atomically(self.folder / name, write)
-        self.barrier()
+        self.alone(lambda: write_atomically(self.folder / name, write))
 
 
 def write_atomically(path: Path, write: Callable[[Any], None]) -> None:
-    """`write(file)` into a temporary file beside `path`, then fsync and rename."""
+    """`write(file)` into a temporary file beside `path`, then fsync and rename. One process writes to a folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    for left in path.parent.glob(f".{path.name}.*"):  # by a process that was killed
+        left.unlink(missing_ok=True)
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with open(scratch, "wb") as f:
@@ -690,6 +737,8 @@ def start_run(cfg: Config) -> Run:
     """Joins the process group (there always is one), picks device, dtype and run folder."""
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         store, rank, world = next(dist.rendezvous("env://"))
+        # torchrun's own store outlives a restart: addresses and counters of the last attempt are still in it.
+        store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     else:
         store, rank, world = dist.HashStore(), 0, 1
     cuda = cfg.device == "cuda" or (cfg.device == "auto" and torch.cuda.is_available())
@@ -711,6 +760,10 @@ def start_run(cfg: Config) -> Run:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda n, _: on_signal(run, n))
     seed_everything(cfg.seed)
+    if cfg.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS is first used
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # nothing reads it
     run_id = cfg.run_id or time.strftime("%Y%m%d-%H%M%S") + f"-seed{cfg.seed}"
     run.folder = Path(run.same(str(cfg.run_dir or cfg.artifact_dir or f"runs/{run_id}")))
     return run
@@ -827,6 +880,41 @@ def data_problems(cfg: Config, needs_training_data: bool) -> Iterator[str]:
         need = f"a step of {cfg.step_tokens} tokens"
         yield f"no training shard holds {need}: make larger ones or lower TRAIN_BATCH_TOKENS"
     yield from tokenizer_problems(cfg)
+    if not IS_SUBMISSION:
+        yield from manifest_problems(cfg)
+
+
+def file_sha256(path: Path) -> str:
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def manifest_problems(cfg: Config) -> Iterator[str]:
+    """Where the files are not those that the manifest.json beside them names, if there is one of our preparation."""
+    path = cfg.shard_dir / "manifest.json"
+    try:
+        manifest = json.loads(path.read_text()) if path.is_file() and cfg.caseops_enabled else {}
+        rows = {row["name"]: row for row in manifest.get("files", [])}
+        tokenizer = manifest["tokenizer"]["sha256"] if rows else ""
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+        yield f"{path} cannot be read ({type(e).__name__}): prepare the shards again, or remove it"
+        return
+    here = {p.name: p for p in val_files(cfg) + sidecar_files(cfg) + train_files(cfg)}
+    for name in sorted(n for n in rows.keys() - here.keys() if "_val_" in n):
+        yield f"{path} names {name}, which is not there: copy it again"
+    for name, p in here.items() if rows else ():
+        if name not in rows:
+            yield f"{path} does not name {p}: it is of another data set"
+        # reading all training text would take longer than a step of training
+        elif p.stat().st_size != rows[name]["bytes"] or ("_val_" in name and file_sha256(p) != rows[name]["sha256"]):
+            yield f"{p} is not the file that {path.name} names (size or sha256): copy it again"
+    if tokenizer and cfg.tokenizer_file.is_file() and file_sha256(cfg.tokenizer_file) != tokenizer:
+        yield f"{cfg.tokenizer_file} is not the tokenizer of the shards in {cfg.shard_dir}: set TOKENIZER_PATH"
+
+
+def tokenizer_fingerprint(cfg: Config) -> str:
+    """The first half of the model's sha256; empty where there is none."""
+    return file_sha256(cfg.tokenizer_file)[:32] if cfg.tokenizer_file.is_file() else ""
 
 
 def tokenizer_problems(cfg: Config) -> Iterator[str]:
@@ -1815,6 +1903,11 @@ def train_files(cfg: Config) -> list[Path]:
     return _shards(cfg, "fineweb_train_*.bin")
 
 
+def train_fingerprint(cfg: Config) -> list[tuple[str, int]]:
+    """What decides which text a step reads: name and bytes of every training shard."""
+    return [(p.name, p.stat().st_size) for p in train_files(cfg)]
+
+
 def val_files(cfg: Config) -> list[Path]:
     return [p for p in _shards(cfg, "fineweb_val_*.bin") if "_bytes_" not in p.name]
 
@@ -1987,10 +2080,12 @@ def load_validation(cfg: Config) -> ValidationSet:
     if len(tokens) < 2:
         raise Stop("the validation shards hold no target", 2)
     sp = load_tokenizer(cfg)
+    marks = [i for i in range(sp.vocab_size()) if sp.id_to_piece(i) in CASEOPS_MARKS]
     if not cfg.caseops_enabled:
+        if np.isin(tokens, marks).any():  # a table would count each mark as its three bytes: 9 % too many
+            raise Stop("these are CaseOps shards, whose bytes are in the sidecar: set CASEOPS_ENABLED=1", 2)
         return ValidationSet(tokens, table_byte_counts(sp, tokens))
     counts = np.concatenate([read_shard(p) for p in sidecar_files(cfg)]).astype(np.int64)
-    marks = [i for i in range(sp.vocab_size()) if sp.id_to_piece(i) in CASEOPS_MARKS]
     marked = counts[np.isin(tokens, marks)]
     if len(marked) and (marked > 0).mean() > 0.01:
         raise Stop(
@@ -2491,9 +2586,9 @@ def choose_kernels(cfg: Config, device: torch.device) -> Kernels:
     major, _ = torch.cuda.get_device_capability(device)
     kind, why = cfg.attention, "asked for"
     if kind == "auto":
-        kind, why = "varlen", "no FlashAttention-3 or -4 found"
+        kind, why = "varlen", "deterministic" if cfg.deterministic else "no FlashAttention-3 or -4 found"
         for name, module in (("fa3", "flash_attn_interface"), ("fa4", "flash_attn.cute.interface")):
-            if major >= 9 and importable(module):
+            if major >= 9 and not cfg.deterministic and importable(module):
                 kind, why = name, f"{module} found"
                 break
     if triton is None:
@@ -3165,9 +3260,11 @@ def describe_plan(plan: Sequence[Visit]) -> str:
 
 
 def require_finite_weights(model: GPT, step: int, run: Run) -> None:
-    """Before weights are saved: a finite loss says nothing of the update that followed it."""
-    if not torch.stack([p.isfinite().all() for p in model.parameters()]).all():
-        stop_at_nan("a weight is not finite", step, run)
+    """Before weights are saved: a finite loss says nothing of the update that followed it. A collective."""
+    finite = torch.stack([p.isfinite().all() for p in model.parameters()]).all()
+    if bad := [rank for rank, good in enumerate(run.gather(bool(finite))) if not good]:
+        where = f" (on rank {', '.join(map(str, bad))})" if len(bad) < run.world else ""
+        stop_at_nan(f"a weight is not finite{where}", step, run)
 
 
 def save_checkpoint(run: Run, model: GPT, optimizer: Optimizer, average: WeightAverage, progress: Progress) -> None:
@@ -3176,6 +3273,7 @@ def save_checkpoint(run: Run, model: GPT, optimizer: Optimizer, average: WeightA
     state = {
         "fingerprint": shape_fingerprint(model.cfg), "progress": asdict(progress), "model": model.state_dict(),
         "average": average.state_dict(), "average_steps": average.steps, "optimizer": optimizer.state_dict(),
+        "shards": train_fingerprint(model.cfg), "job": os.environ.get("TORCHELASTIC_RUN_ID", ""),
     }  # fmt: skip
     run.save("checkpoint.pt", lambda f: torch.save(state, f))
 
@@ -3183,6 +3281,8 @@ def save_checkpoint(run: Run, model: GPT, optimizer: Optimizer, average: WeightA
 def load_checkpoint(cfg: Config, run: Run, model: GPT, optimizer: Optimizer, average: WeightAverage) -> Progress:
     path = run.folder / "checkpoint.pt"
     state = load_stage_file(cfg, run, path.name, "RESUME=1")
+    if state["shards"] != train_fingerprint(cfg):
+        raise Stop(f"{path} was trained on other shards than those in {cfg.shard_dir}: set DATA_PATH", 2)
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
     average.load(state["average"], state["average_steps"])
@@ -3650,11 +3750,12 @@ def _zstd(data: bytes) -> bytes:
 def _unzstd(data: bytes, size: int) -> bytes:
     import zstandard
 
-    return zstandard.ZstdDecompressor().stream_reader(io.BytesIO(data)).read(size + 1)
+    decoder = zstandard.ZstdDecompressor(max_window_size=PIECE)
+    return decoder.stream_reader(io.BytesIO(data)).read(size + 1)
 
 
 def _unlzma(data: bytes, size: int) -> bytes:
-    return lzma.LZMADecompressor(memlimit=1 << 28).decompress(data, size + 1)
+    return lzma.LZMADecompressor(memlimit=1 << 27).decompress(data, size + 1)
 
 
 COMPRESSORS: dict[str, tuple[Callable[[bytes], bytes], Callable[[bytes, int], bytes]]] = {
@@ -3705,6 +3806,7 @@ def pack(coded: Mapping[str, Coded], looped: int, cfg: Config) -> bytes:
     header = {
         "compressor": cfg.compressor,
         "looped": looped,
+        "tokenizer": tokenizer_fingerprint(cfg),
         "config": {k: getattr(cfg, k) for k in names if getattr(cfg, k) != getattr(defaults, k)},
         "tensors": [
             [n, c.kind, c.bits, list((c.codes if c.values is None else c.values).shape)] for n, c in coded.items()
@@ -3726,7 +3828,7 @@ def read_header(blob: bytes) -> tuple[dict[str, Any], bytes]:
     size = 4 + int.from_bytes(body[:4], "little")
     try:
         inflate = zlib.decompressobj()
-        header = json.loads(inflate.decompress(body[4:size], HEADER_LIMIT))
+        header = json.loads(inflate.decompress(body[4:size], HEADER_LIMIT).decode())
         right = inflate.eof and header["compressor"] in list(COMPRESSORS) and isinstance(header["looped"], int)
         right = right and isinstance(header["config"], dict) and isinstance(header["tensors"], list)
         right = right and all(isinstance(n, int) and n >= 0 for n in header["pieces"])
@@ -3744,7 +3846,7 @@ def _tensor_layout(header: dict[str, Any]) -> list[tuple[str, str, int, list[int
         try:
             name, kind, bits, shape = entry
             valid = isinstance(name, str) and kind in ("gptq", "rows", "float16") and isinstance(bits, int)
-            valid = valid and 0 < len(shape) <= 4 and all(isinstance(n, int) and 0 < n < 1 << 24 for n in shape)
+            valid = valid and 0 < len(shape) <= 4 and all(type(n) is int and 0 < n < 1 << 24 for n in shape)
         except (TypeError, ValueError):
             valid = False
         if not valid or (kind != "float16" and len(shape) != 2):
@@ -4308,6 +4410,7 @@ class TestTimeScorer:
         self.cached = cfg.ttt_context == "cached"
         self.window_step = min(64, cfg.ttt_eval_seq_len) if model.kernels.fused and not self.cached else 1
         self.byte_sums = np.concatenate([[0], np.cumsum(val.token_bytes)])
+        self.audit: Any = None  # an Audit; named here, it would stay in the submission
         self.tapin = TapIn(self) if cfg.tapin_enabled else None
 
     def bytes_of(self, doc: Document) -> int:
@@ -4334,6 +4437,8 @@ class TestTimeScorer:
                 losses, scores = self.tapin.score_chunk(chunk, self.tapin.chunk(parts), adapters, cache)
             else:
                 losses = scores = self.score_chunk(chunk, adapters, cache)
+            if not IS_SUBMISSION and self.audit:
+                self.audit.see(parts, chunk, scores, adapters, cache)
             meter.add(scores * chunk.scored, chunk.n_tokens, chunk.n_bytes)
             self.learn_chunk(chunk, losses, adapters, optimizer, cache)
             if cache:
@@ -4394,6 +4499,127 @@ class TestTimeScorer:
         return Chunk(inputs, targets, at, scored, upload(more, device), any(more), n_tokens, n_bytes)
 
 
+class Audit:
+    """AUDIT=1: the rules of a legal score, checked on samples of the evaluation that makes the score.
+
+    Exactly once: every target is marked as it is scored. Normalization: at sampled places scoring is asked for the loss
+    of every token of the vocabulary; exp(-loss) must sum to 1 and hold the loss that was scored. Causality: a sampled
+    batch is scored again with other text from some position of half of its documents on; what was scored before and
+    beside them must not change. Every 16th batch of a rank is sampled, its first one included. On a GPU kernels may add
+    in any order: exact is only DETERMINISTIC=1.
+    """
+
+    def __init__(self, scorer: TestTimeScorer):
+        self.scorer, self.run, self.rng = scorer, scorer.run, random.Random(scorer.cfg.seed)
+        self.times = np.zeros(len(scorer.val.tokens), np.uint8)  # that each position was scored
+        self.losses: dict[int, float] | None = None  # of the batch at hand, if it is a sample
+        self.asks = True
+        self.n_batches, self.seconds = 0, 0.0
+        self.sums: list[dict[str, float]] = []
+        self.causality: list[dict[str, float]] = []
+
+    def run_batch(self, docs: Sequence[Document]) -> Meter:
+        sampled = self.n_batches % 16 == 0
+        self.n_batches, self.losses = self.n_batches + 1, {} if sampled else None
+        meter = self.scorer.run_batch(docs)
+        if sampled:
+            began = time.monotonic()
+            self.score_again(docs, self.losses)
+            self.seconds += time.monotonic() - began
+        return meter
+
+    def see(self, parts: Sequence[Any], chunk: Chunk, losses: Tensor, adapters: Adapters, cache: Cache | None) -> None:
+        """A chunk that was scored, before anything learns from it."""
+        firsts = [(d.start + w.start + w.offset + 1, w.count) if w else (0, 0) for d, w, _ in parts]
+        for first, n in firsts:
+            self.times[first : first + n] += 1
+        if self.losses is None:
+            return
+        if self.asks and self.rng.random() < 4 / (4 + len(self.sums)):
+            row = self.rng.choice([i for i, (_, n) in enumerate(firsts) if n])
+            place = self.rng.randrange(firsts[row][1])
+            hints = self.scorer.tapin and [t[row : row + 1, place : place + 1] for t in self.scorer.tapin.chunk(parts)]
+            self.ask_all(row, place, chunk, losses, adapters, cache, hints)
+        for (first, n), values in zip(firsts, losses.tolist(), strict=True):
+            self.losses.update(zip(range(first, first + n), values, strict=False))
+
+    @torch.no_grad()
+    def ask_all(
+        self, row: int, place: int, chunk: Chunk, losses: Tensor, adapters: Adapters, cache: Cache | None,
+        hints: Sequence[Tensor] | None,
+    ) -> None:  # fmt: skip
+        """The loss of every token at one place, asked of the code that scores, in pieces of the vocabulary."""
+        began, alone, past = time.monotonic(), copy.copy(adapters), cache and Cache(len(cache.pasts))
+        if cache:
+            past.seen = cache.seen
+            for mine, theirs in zip(past.pasts, cache.pasts, strict=True):
+                mine.kept = theirs.kept and tuple(t[row : row + 1] for t in theirs.kept)
+        alone.tensors = {name: t[:, row : row + 1] for name, t in adapters.tensors.items()}
+        nats = []
+        for tokens in torch.arange(self.scorer.cfg.vocab_size, device=self.run.device).split(512):
+            at = chunk.at[row : row + 1, place : place + 1].expand(1, len(tokens))
+            part = chunk._replace(inputs=chunk.inputs[row : row + 1], targets=tokens[None], at=at, scored=at < 0)
+            if hints:
+                given = tuple(t.expand_as(at) for t in hints)
+                nats.append(self.scorer.tapin.score_chunk(part, given, alone, past)[1][0].double())
+            else:
+                nats.append(self.scorer.score_chunk(part, alone, past)[0].double())
+        nats = torch.cat(nats)
+        asked, scored = nats[chunk.targets[row, place]].item(), losses[row, place].item()
+        self.sums.append({"sum": nats.neg().exp().sum().item(), "scored": scored, "asked": asked})
+        self.seconds += time.monotonic() - began
+
+    def score_again(self, docs: Sequence[Document], before: dict[int, float]) -> None:
+        """The batch with other tokens from a position of every second document on, to its end."""
+        other, ordinary = copy.copy(self.scorer), self.scorer.cfg.vocab_size - BOS - 1
+        tokens, other.audit = self.scorer.val.tokens.astype(np.int64), copy.copy(self)
+        other.audit.losses, other.audit.asks, other.audit.times = {}, False, self.times.copy()
+        changed: set[int] = set()
+        for d in self.rng.sample(docs, math.ceil(len(docs) / 2)):
+            # not the first of a chunk: the chunk's own targets before it are what learning too early would change
+            at, end = d.start + 1 + self.rng.randrange(d.n_targets), d.start + d.n_targets
+            at = min(at + ((at - d.start - 1) % self.scorer.cfg.ttt_chunk_size == 0), end)
+            shift = self.rng.randrange(1, ordinary)
+            tokens[at:end] = (tokens[at:end] - BOS - 1 + shift) % ordinary + BOS + 1
+            changed |= set(range(at, end + 1))
+        other.val = replace(other.val, tokens=tokens.astype(np.uint16))
+        other.tokens, other.tapin = torch.from_numpy(tokens.astype(np.int32)).to(self.run.device), None
+        if self.scorer.tapin:
+            other.tapin = TapIn(other)
+        other.run_batch(docs)
+        moved = {p: abs(other.audit.losses[p] - nats) for p, nats in before.items()}
+        kept = [x for p, x in moved.items() if p not in changed]
+        self.causality.append({"kept": len(kept), "change": max(kept, default=0.0),
+                               "changed": sum(moved[p] > 0 for p in changed)})  # fmt: skip
+
+    def finish(self, scored: Sequence[Document], total: Meter) -> None:
+        """Writes audit.json. Raises Stop if anything was not as it must be."""
+        run, times = self.run, self.run.sum(torch.from_numpy(self.times))
+        want = torch.zeros_like(times)
+        for d in scored:
+            want[d.start + 1 : d.start + d.n_targets + 1] = 1
+        n_bytes = int(torch.from_numpy(self.scorer.val.token_bytes)[want > 0].sum())
+        sums, causality = (list(itertools.chain.from_iterable(run.gather(x))) for x in (self.sums, self.causality))
+        exact = self.scorer.cfg.deterministic or run.device.type == "cpu"
+        near = 1e-3 if run.dtype == torch.float32 else 0.25  # a row alone and in its batch are other matrix products
+        passed = {
+            "every target exactly once": bool((times == want).all()),
+            "bytes are those of the targets": total.bytes == n_bytes,
+            "samples were taken": bool(sums and causality),
+            "probabilities sum to 1": all(abs(x["sum"] - 1) < 1e-3 for x in sums),
+            "scores are of that distribution": all(abs(x["scored"] - x["asked"]) < near for x in sums),
+            "later text changes no score": all(x["change"] <= (0.0 if exact else 0.1) for x in causality),
+        }
+        report = {"passed": passed, "targets": total.tokens, "bytes": total.bytes, "exact": exact,
+                  "distributions": sums, "causality": causality}  # fmt: skip
+        run.save("audit.json", lambda f: f.write(json.dumps(report, indent=1).encode()))
+        failed = ", ".join(name for name, good in passed.items() if not good)
+        run.log(f"audit: {total.tokens} targets, {len(sums)} distributions, {len(causality)} batches scored again, "
+                f"{run.agree(self.seconds)[0]:.1f}s: {'FAILED' if failed else 'passed'}")  # fmt: skip
+        if failed:
+            raise Stop(f"no score, because the audit failed: {failed}; details in {run.folder / 'audit.json'}")
+
+
 class Phase(NamedTuple):
     """Batches of documents that are scored with the same base model."""
 
@@ -4431,9 +4657,10 @@ def sampled_documents(val: ValidationSet, cfg: Config) -> list[Document]:
 def run_phase(scorer: TestTimeScorer, number: int, phase: Phase, n_batches: int, so_far: Meter, began: float) -> Meter:
     """Scores a phase's batches, each claimed by one rank from a shared counter; returns the sum over the ranks."""
     run, mine, rows = scorer.run, Meter(), []
+    score = scorer.audit.run_batch if not IS_SUBMISSION and scorer.audit else scorer.run_batch
     while (claim := run.store.add(f"ttt/phase{number}", 1) - 1) < len(phase.batches):
         docs, start = phase.batches[claim], time.monotonic()
-        meter = scorer.run_batch(docs)
+        meter = score(docs)
         lengths = [d.n_targets for d in docs]
         row = dict(phase=number, batch=phase.numbers[claim], docs=len(docs), tokens=meter.tokens, bytes=meter.bytes,
                    nats=meter.nats.item(), min_len=min(lengths), max_len=max(lengths))  # fmt: skip
@@ -4446,9 +4673,11 @@ def run_phase(scorer: TestTimeScorer, number: int, phase: Phase, n_batches: int,
         run.log(f"ttp: b{row['batch']}/{n_batches} bl:{meter.loss:.4f} bb:{meter.bpb:.4f} rl:{running.loss:.4f} "
                 f"rb:{running.bpb:.4f} dl:{min(lengths)}-{max(lengths)} gd:{learned}")  # fmt: skip
         run.progress(f"ttt phase {number}", claim + 1, len(phase.batches), began)
+    total = Meter()  # in the order of batches, not of ranks: a sum depends on its order
     for row in sorted((r for share in run.gather(rows) for r in share), key=lambda r: -r["batch"]):
         run.metric("ttt", **row)
-    return mine.reduced(run)
+        total.add(torch.tensor(row["nats"], dtype=torch.float64), row["tokens"], row["bytes"])
+    return total
 
 
 def adapt_and_score(model: GPT, val: ValidationSet, cfg: Config, run: Run) -> tuple[Meter, float]:
@@ -4461,6 +4690,7 @@ def adapt_and_score(model: GPT, val: ValidationSet, cfg: Config, run: Run) -> tu
     warm_up_ttt(scorer)
     for switch in model.switches:
         switch.begin_scoring(model)  # after the warm-up, whose text is random
+    scorer.audit = Audit(scorer) if not IS_SUBMISSION and cfg.audit else None
     documents = sampled_documents(val, cfg)
     phases = only_batches(plan_phases(documents, cfg), cfg)
     n_batches = max((n for p in phases for n in p.numbers), default=0)
@@ -4486,6 +4716,10 @@ def adapt_and_score(model: GPT, val: ValidationSet, cfg: Config, run: Run) -> tu
         scorer.tapin.log(total.tokens)
     if cfg.val_doc_fraction == 1 and not cfg.ttt_eval_batches:
         total.expect(val.n_targets, val.n_bytes)
+    if not math.isfinite(total.loss):
+        raise Stop(f"the loss is {total.loss} after test-time training: lower TTT_LORA_LR or GLOBAL_TTT_LR")
+    if not IS_SUBMISSION and scorer.audit:
+        scorer.audit.finish(scored, total)
     return total, time.monotonic() - began
 
 
@@ -4532,6 +4766,7 @@ def adapt_base(model: GPT, val: ValidationSet, scored: Sequence[Document], cfg: 
     """SGD of all weights over the scored documents, each rank on its share of every chunk; a collective per step.
 
     The number of steps follows from the text alone, and a rank whose share is empty adds zero, so ranks never diverge.
+    DETERMINISTIC: always MICRO_STEPS shares, whose gradients are added in their order.
     """
     text = np.concatenate([*(val.tokens[d.start : d.start + d.n_targets] for d in scored), [BOS]]).astype(np.uint16)
     model.requires_grad_(True)
@@ -4543,25 +4778,33 @@ def adapt_base(model: GPT, val: ValidationSet, scored: Sequence[Document], cfg: 
     optimizer = torch.optim.SGD(groups, lr=cfg.global_ttt_lr, momentum=cfg.global_ttt_momentum)
     seq, chunk_tokens = cfg.eval_seq_len, cfg.global_ttt_chunk_tokens
     n_chunks = math.ceil((len(text) - 1) / chunk_tokens)
-    share = min(math.ceil(chunk_tokens / seq / run.world), cfg.global_ttt_batch_seqs) * seq
+    n_shares = MICRO_STEPS if cfg.deterministic else run.world
+    share = min(math.ceil(chunk_tokens / seq / n_shares), cfg.global_ttt_batch_seqs) * seq
     began = time.monotonic()
     for chunk in range(n_chunks):
         end = min((chunk + 1) * chunk_tokens, len(text) - 1)
         lr = base_lr(cfg, chunk, n_chunks)
         for group in optimizer.param_groups:
             group["lr"] = lr * group["times"]
-        steps = [range(a, min(a + share * run.world, end)) for a in range(chunk * chunk_tokens, end, share * run.world)]
+        steps = [range(a, min(a + share * n_shares, end)) for a in range(chunk * chunk_tokens, end, share * n_shares)]
         for span in steps * cfg.global_ttt_epochs:
-            a = min(span.start + run.rank * share, span.stop)
-            loss = base_loss(model, text[a : min(a + share, span.stop) + 1], share, cfg, run) / len(span)
-            loss.backward()
-            for p in params:
-                if p.grad is not None:  # else a switch acts in repeated visits that this model does not make
-                    run.sum(p.grad)
+            sums = [torch.zeros_like(p) for p in params] if cfg.deterministic else []
+            seen = torch.zeros((), device=run.device)
+            for mine in range(run.rank, n_shares, run.world):
+                a = min(span.start + mine * share, span.stop)
+                loss = base_loss(model, text[a : min(a + share, span.stop) + 1], share, cfg, run) / len(span)
+                # None where a switch acts in repeated visits that this model does not make
+                grads = torch.autograd.grad(loss, params, allow_unused=True)
+                seen += loss.detach()
+                for i, grad in enumerate(grads):
+                    if grad is not None:
+                        run.add_in_order(sums[i], grad) if sums else run.sum(grad)
+            for p, total, grad in zip(params, sums or grads, grads, strict=True):
+                p.grad = None if grad is None else total
             nn.utils.clip_grad_norm_(params, cfg.global_ttt_grad_clip)
             optimizer.step()
             optimizer.zero_grad()
-        mean_loss = run.sum(loss.detach()).item()
+        mean_loss = run.sum(seen).item()
         if phase:
             run.metric("base_sgd", phase=phase, chunk=chunk, lr=lr, loss=mean_loss)
             run.progress(f"base learning {phase}", chunk + 1, n_chunks, began)
@@ -4590,7 +4833,7 @@ STAGES = ("train", "calibrate", "quantize", "pack", "evaluate", "ttt")
 
 def shape_fingerprint(cfg: Config, fields: Sequence[str] = MODEL_FIELDS) -> dict[str, Any]:
     """The settings that decide every tensor's shape and meaning."""
-    return {k: getattr(cfg, k) for k in fields}
+    return {k: getattr(cfg, k) for k in fields} | {"tokenizer": tokenizer_fingerprint(cfg)}
 
 
 def load_stage_file(
@@ -4727,12 +4970,9 @@ def quantize_stage(
 def pack_stage(cfg: Config, run: Run, coded: Mapping[str, Coded], result: dict[str, Any]) -> bytes:
     """Writes the artifact and the submission; a size over the limit is reported now and fails the run at its end."""
     with run.stage("pack") as clock:
-        artifact, sizes = b"", {}
-        if run.main:
-            artifact = pack(coded, result["looped"], cfg)
-            write_atomically(run.folder / ARTIFACT_NAME, lambda f: f.write(artifact))
-            sizes = build_submission(run.folder / "submission", artifact, cfg)
-        artifact, sizes = run.same((artifact, sizes))
+        artifact = run.alone(lambda: pack(coded, result["looped"], cfg))
+        run.save(ARTIFACT_NAME, lambda f: f.write(artifact))
+        sizes = run.alone(lambda: build_submission(run.folder / "submission", artifact, cfg))
     result.update(pack_seconds=clock["seconds"], artifact_bytes=sizes["artifact"], code_bytes=sizes["code"],
                   total_bytes=sizes["total"])  # fmt: skip
     run.log(f"Code size (uncompressed): {sizes['source']} bytes")
@@ -4751,7 +4991,9 @@ def model_from_artifact(cfg: Config, run: Run, blob: bytes) -> GPT:
     """The scoring half starts here: nothing but the artifact says what the model is."""
     try:
         state, looped, settings = unpack(blob)
-        shape = shape_fingerprint(Config(), CODED_FIELDS)
+        shape = {k: getattr(Config(), k) for k in CODED_FIELDS}
+        if read_header(blob)[0].get("tokenizer", "") not in ("", tokenizer_fingerprint(cfg)):
+            raise ArtifactError(f"its tokens are those of another tokenizer than {cfg.tokenizer_file}")
         if any(k not in shape or type(v) is not type(shape[k]) for k, v in settings.items()):
             raise ArtifactError("its settings are not those of a model")
         shape |= settings
@@ -4768,7 +5010,7 @@ def model_from_artifact(cfg: Config, run: Run, blob: bytes) -> GPT:
         for switch in model.switches:
             state = switch.decode(state, run)
         model.load_state_dict(state)
-    except (ArtifactError, RuntimeError, TypeError, ValueError) as e:
+    except (ArtifactError, ArithmeticError, RuntimeError, TypeError, ValueError) as e:
         raise Stop(f"cannot use this artifact: {e}", 2) from None
     model.looped = looped
     return model
@@ -4877,10 +5119,10 @@ def describe_run(cfg: Config, run: Run, val: ValidationSet) -> None:
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
                      "triton": getattr(triton, "__version__", None)},
         "device": gpu, "world": run.world, "dtype": str(run.dtype), "commit": git_commit(), "data": val.fingerprint(),
+        "tokenizer": tokenizer_fingerprint(cfg),
         "started": time.strftime("%Y-%m-%dT%H:%M:%S"),
     }  # fmt: skip
-    if run.main:
-        write_atomically(run.folder / "run.json", lambda f: f.write(json.dumps(info, indent=1).encode()))
+    run.save("run.json", lambda f: f.write(json.dumps(info, indent=1).encode()))
     run.log("=" * 100, console=False)
     continues = cfg.from_stage or cfg.resume
     run.log("(source: as above)" if continues else Path(__file__).read_text(), console=False)
@@ -4897,7 +5139,7 @@ def describe_run(cfg: Config, run: Run, val: ValidationSet) -> None:
     run.log(f"train_shards: {len(train_files(cfg))}")
     run.log(f"val_tokens: {val.n_targets}")
     run.log(f"val data: sha256 {data['val_sha256'][:16]} documents {data['val_documents']} bytes {data['val_bytes']} "
-            f"bytes/token {data['bytes_per_token']}")  # fmt: skip
+            f"bytes/token {data['bytes_per_token']} tokenizer {info['tokenizer'][:16]}")  # fmt: skip
 
 
 def report(cfg: Config, run: Run, result: dict[str, Any]) -> bool:
@@ -4906,10 +5148,8 @@ def report(cfg: Config, run: Run, result: dict[str, Any]) -> bool:
     Training that was asked to go by steps alone, MAX_WALLCLOCK_SECONDS=0, has no budget of seconds.
     """
     run.metric("result", **result)
-    if run.main:
-        path = run.folder / "run.json"
-        info = {**json.loads(path.read_text()), "result": result}
-        write_atomically(path, lambda f: f.write(json.dumps(info, indent=1).encode()))
+    info = run.alone(lambda: json.loads((run.folder / "run.json").read_text()))
+    run.save("run.json", lambda f: f.write(json.dumps(info | {"result": result}, indent=1).encode()))
     names = dict(
         bpb_float="float (EMA)", bpb_quantized="quantized", bpb_ttt="after TTT", bpb_ttt_partial="TTT, partial"
     )
@@ -4918,6 +5158,8 @@ def report(cfg: Config, run: Run, result: dict[str, Any]) -> bool:
     for key, label in names.items():
         if key in result:
             run.log(f"| {label} | {result[key]:.5f} |")
+    if result.get("bpb_ttt", 0) > result.get("bpb_quantized", math.inf):
+        run.log("WARNING: test-time training made the score worse: raise TTT_WEIGHT_DECAY or lower its rates")
     training = result.get("train_seconds", 0) + result.get("calibrate_seconds", 0)
     gates = [
         ("artifact bytes", result.get("total_bytes"), ARTIFACT_LIMIT),
@@ -4978,6 +5220,37 @@ def obey_arguments(args: Sequence[str]) -> int:
     return 0
 
 
+MEMORY_KNOBS = {  # of each stage, by the first word of its name
+    "train": "TRAIN_BATCH_TOKENS, or VAL_BATCH_TOKENS if it was validating", "calibrate": "TRAIN_BATCH_TOKENS",
+    "evaluate": "VAL_BATCH_TOKENS", "ttt": "TTT_BATCH_SIZE, or GLOBAL_TTT_BATCH_SEQS if the base was learning",
+}  # fmt: skip
+
+
+def died(run: Run, sentence: str) -> int:
+    """The end of a rank that the others wait for: says so where they look, and ends without waiting for them."""
+    try:
+        earlier = run.store.get("died") if run.store.check(["died"]) else b""
+        run.store.set("died", f"rank {run.rank}: {sentence}")
+    except RuntimeError:  # the store died with its rank
+        earlier = b"rank 0 (it no longer answers)"
+    cause = f"; the first to fail was {earlier.decode()}" if earlier else ""
+    print(f"rank {run.rank}: {sentence}{cause}", file=sys.stderr, flush=True)
+    if run.world > 1:
+        os._exit(1)  # leaving the process group would wait for the others
+    return 1
+
+
+def after_restart(cfg: Config, run: Run) -> Config:
+    """Under `torchrun --max-restarts`: from the second attempt on, RESUME=1 if this very job left a checkpoint."""
+    attempt, job = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)), os.environ.get("TORCHELASTIC_RUN_ID", "")
+    if attempt == 0 or cfg.from_stage:
+        return cfg
+    path = run.folder / "checkpoint.pt"  # without RUN_DIR every attempt has a folder of its own
+    mine = run.alone(lambda: path.is_file() and torch.load(path, "cpu", mmap=True, weights_only=True)["job"] == job)
+    run.log(f"attempt {attempt + 1} of this job: " + ("from its checkpoint" if mine else "from the start"))
+    return replace(cfg, resume=cfg.resume or bool(mine))
+
+
 def main() -> int:
     """Exit code 0: scored within the budgets; 1: failed; 2: bad settings or input; 3: scored, but over a budget."""
     if not IS_SUBMISSION and sys.argv[1:]:
@@ -4989,9 +5262,15 @@ def main() -> int:
         if first:
             print("these settings cannot work:", *str(e).splitlines(), sep="\n  - ", file=sys.stderr)
         return 2
+    return play(cfg, first)
+
+
+def play(cfg: Config, first: bool) -> int:
+    """One run from its process group to its exit code."""
     run = None
     try:
         run = start_run(cfg)
+        cfg = after_restart(cfg, run)
         result = pipeline(cfg, run)
         return 0 if report(cfg, run, result) else 3
     except Stop as stop:
@@ -5000,6 +5279,14 @@ def main() -> int:
         elif first:
             print(stop.sentence, file=sys.stderr)
         return stop.code
+    except torch.OutOfMemoryError as e:
+        knob = MEMORY_KNOBS.get(run.stage_name.split(" ")[0], "what else runs on this GPU")
+        return died(run, f"out of memory in stage {run.stage_name}: lower {knob} ({str(e).split('. ')[0]})")
+    except Exception as e:
+        if run is None or run.world == 1:
+            raise
+        traceback.print_exc()
+        return died(run, f"{type(e).__name__} in {run.stage_name or 'preparation'}: {str(e)[:200]}")
     except Interrupted as stop:
         name = signal.Signals(stop.args[0]).name
         run.log(f"stopped by {name}: FROM_STAGE goes on from the finished stages in {run.folder}, with the same knobs")

@@ -149,16 +149,19 @@ class Launch:
 
     def __init__(
         self, knobs: dict[str, Any], *, world: int = 1, torchrun: bool = False, fresh: bool = False, code: str = "",
-        script: Path = SCRIPT, cwd: Path = ROOT,
+        restarts: int = 0, script: Path = SCRIPT, cwd: Path = ROOT,
     ) -> None:  # fmt: skip
-        """world: processes, started one by one, or by torchrun. code: Python text to run instead of the script.
+        """world: processes, started one by one, or by torchrun, which starts them again `restarts` times if one dies.
+
+        code: Python text to run instead of the script.
 
         fresh: as a user starts it, with a new interpreter. Otherwise a fork, which does the same in less time.
         """
         self.folder = Path(knobs["RUN_DIR"])
         self.outputs: list[Path] = []
         self.processes: list[subprocess.Popen[bytes] | Fork] = []
-        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}"] if torchrun else []
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}",
+                    f"--max-restarts={restarts}"] if torchrun else []  # fmt: skip
         command = [sys.executable, *launcher, str(script)] if fresh or torchrun else []
         port = free_port()
         for rank in range(1 if torchrun else world):

@@ -1,0 +1,346 @@
+"""What goes wrong around a run: full disks, missing memory, ranks that die, files that have changed, clocks."""
+
+from __future__ import annotations
+
+import ast
+import errno
+import itertools
+import json
+import os
+import re
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import stress_kill
+import torch
+from pipeline_tools import SCRIPT, UNMINIFIED, Finished, make_shards, run, together
+from support import ROOT, TOKENIZER, LoneRun, documents, tiny_config, tiny_model, write_dataset, write_shard
+from test_legality import score
+from thread_ranks import ThreadRun, on_ranks
+
+import train_gpt
+from train_gpt import Run, Stop, write_atomically
+
+SHORT = dict(ITERATIONS=6, CHECKPOINT_EVERY=2, VAL_LOSS_EVERY=0, WARMUP_STEPS=0, TTT_ENABLED=0,
+             GPTQ_CALIBRATION_BATCHES=1, DETERMINISTIC=1)  # fmt: skip
+
+# In a process of a run: the fault comes in the fifth step, on one rank of the first attempt.
+FAULT = """
+import os, signal, sys, torch, train_gpt
+train_gpt.minify, step, steps = lambda source: source, train_gpt.train_step, iter(range(10**6))
+def faulty(*args):
+    first = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
+    if next(steps) == 4 and first and os.environ.get("RANK", "0") == "{rank}":
+        {fault}
+    return step(*args)
+train_gpt.train_step = faulty
+sys.exit(train_gpt.main())
+"""
+KILL = "os.kill(os.getpid(), signal.SIGKILL)"
+
+
+class Place(NamedTuple):
+    root: Path
+    data: Path
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
+    root = tmp_path_factory.mktemp("faults")
+    return Place(root, make_shards(root / "data", 0, 4_000, (5, 2, 6)))
+
+
+@pytest.fixture(scope="module")
+def ended(place: Place) -> dict[str, Finished]:
+    script = place.root / "train_gpt.py"  # in a folder of its own, beside nothing
+    script.write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r})\n" + FAULT.format(rank=1, fault=KILL))
+    code = lambda rank, fault: dict(code=FAULT.format(rank=rank, fault=fault))
+    restarted = dict(world=2, torchrun=True, restarts=1, script=script)
+    return together({
+        "restarted": lambda: run(place.root / "restarted", place.data, restarted, **SHORT),
+        "two": lambda: run(place.root / "two", place.data, UNMINIFIED | {"world": 2}, **SHORT),
+        "killed": lambda: run(place.root / "killed", place.data, code(1, KILL) | {"world": 2}, **SHORT),
+        "raised": lambda: run(place.root / "raised", place.data, code(1, "raise KeyError('a fault')") | {"world": 2},
+                              **SHORT),
+    })  # fmt: skip
+
+
+# ---- kills -----------------------------------------------------------------------------------------------------------
+@pytest.mark.slow
+def test_killed_runs_end_in_the_number_of_an_undisturbed_run(tmp_path: Path) -> None:
+    """One of the fifty of `make stress`."""
+    assert sum(stress_kill.stress(tmp_path, 1, seed=4).values()) >= 1
+
+
+def test_the_stress_test_sees_a_number_that_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    numbers = iter([(1.0, b"a"), (1.0, b"b")])
+    monkeypatch.setattr(stress_kill, "make_shards", lambda *_: tmp_path)
+    monkeypatch.setattr(stress_kill, "Launch", lambda *_, **__: Nothing())
+    monkeypatch.setattr(stress_kill, "final", lambda end: next(numbers))
+    monkeypatch.setattr(stress_kill, "disturb", lambda *_: (["anew"], None))
+    with pytest.raises(AssertionError, match="run 0 of seed 0, gone on"):
+        stress_kill.stress(tmp_path, 1, 0)
+
+
+class Nothing:
+    """Stands in for a run."""
+
+    def __enter__(self) -> Nothing:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def finish(self) -> Finished:
+        return Finished([0], "", Path())
+
+
+def test_what_a_killed_process_left_is_removed_and_never_read(tmp_path: Path) -> None:
+    (tmp_path / ".checkpoint.pt.4711").write_bytes(b"half a checkpoint")
+    (tmp_path / ".log.txt.4711").write_bytes(b"another file's")
+    write_atomically(tmp_path / "checkpoint.pt", lambda f: f.write(b"whole"))
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == {
+        "checkpoint.pt": b"whole", ".log.txt.4711": b"another file's"}  # fmt: skip
+
+
+# ---- ranks that die --------------------------------------------------------------------------------------------------
+def test_a_rank_that_is_killed_takes_the_others_down(ended: dict[str, Finished]) -> None:
+    codes, output = ended["killed"].codes, ended["killed"].output
+    assert codes == [1, -signal.SIGKILL], output
+    assert re.search(r"^rank 0: \w+ in train: .*[Cc]onnection", output, re.M), output
+    assert not (ended["killed"].folder / "01_weights.pt").exists()
+
+
+def test_a_rank_that_fails_is_named_by_the_others(ended: dict[str, Finished]) -> None:
+    codes, output = ended["raised"].codes, ended["raised"].output
+    assert codes == [1, 1], output
+    assert re.search(r"^rank 1: KeyError in train: 'a fault'$", output, re.M), output
+    assert re.search(r"^rank 0: .*; the first to fail was rank 1: KeyError in train: 'a fault'$", output, re.M), output
+
+
+def test_torchrun_starts_a_killed_job_again_from_its_checkpoint(ended: dict[str, Finished]) -> None:
+    """With the weights, the artifact and the score that nothing disturbed."""
+    again, two = ended["restarted"].ok(), ended["two"].ok()
+    assert "attempt 2 of this job: from its checkpoint" in again.output
+    assert re.search(r"resuming from .*checkpoint\.pt at step 4 ", again.output)
+    ours, theirs = (torch.load(r.folder / "01_weights.pt", weights_only=True)["model"] for r in (again, two))
+    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+    assert again.artifact == two.artifact
+    assert again.result["bpb_quantized"] == two.result["bpb_quantized"]
+
+
+@pytest.mark.parametrize(
+    ("attempt", "job", "resumes"), [("0", "mine", False), ("1", "mine", True), ("1", "other", False), ("2", "", False)]
+)
+def test_a_restart_takes_no_checkpoint_of_another_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, attempt: str, job: str, resumes: bool
+) -> None:
+    torch.save({"job": "mine"}, tmp_path / "checkpoint.pt")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", attempt)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", job)
+    cfg = tiny_config(run_dir=str(tmp_path))
+    assert train_gpt.after_restart(cfg, LoneRun(tmp_path)).resume is resumes
+
+
+def test_nan_on_one_rank_stops_all_with_its_name() -> None:
+    """Found in the weights of one rank alone: the others must not go on into a collective that it never reaches."""
+
+    def save(run: ThreadRun) -> str:
+        model = tiny_model()
+        if run.rank == 1:
+            model.qo_bank.data[0, 0, 0] = torch.nan
+        run.folder = Path("absent")
+        with pytest.raises(Stop) as stop:
+            train_gpt.require_finite_weights(model, 7, run)
+        return stop.value.sentence
+
+    said = on_ranks(2, save)
+    assert said[0] == said[1]
+    assert said[0].startswith("a weight is not finite (on rank 1) at step 7: ")
+
+
+def test_nan_after_test_time_training_is_no_score(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one chunk of one document."""
+    inner, calls = train_gpt.TestTimeScorer.score_chunk, itertools.count()
+
+    def nan_once(*args: Any) -> torch.Tensor:
+        losses = inner(*args)
+        return losses * torch.nan if next(calls) == 4 else losses
+
+    monkeypatch.setattr(train_gpt.TestTimeScorer, "score_chunk", nan_once)
+    with pytest.raises(Stop) as stop:
+        score(documents((9, 14, 5)))
+    assert stop.value.sentence.startswith("the loss is nan after test-time training: lower TTT_LORA_LR")
+
+
+# ---- memory ----------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("stage", "knob"), [("evaluate float", "VAL_BATCH_TOKENS"), ("ttt", "TTT_BATCH_SIZE"), ("pack", "what else runs")]
+)
+def test_a_lack_of_memory_names_the_knob(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], stage: str, knob: str
+) -> None:
+    def pipeline(cfg: Any, run: Run) -> None:
+        with run.stage(stage):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB.")
+
+    monkeypatch.setattr(train_gpt, "start_run", lambda cfg: LoneRun())
+    monkeypatch.setattr(train_gpt, "pipeline", pipeline)
+    assert train_gpt.play(tiny_config(), first=True) == 1
+    said = capsys.readouterr().err
+    assert said.startswith(f"rank 0: out of memory in stage {stage}: lower {knob}")
+    assert said.endswith("(CUDA out of memory)\n")
+
+
+def test_every_stage_that_fills_memory_has_a_knob_that_exists() -> None:
+    source = (ROOT / "train_gpt.py").read_text()
+    stages = {name.split()[0] for name in re.findall(r'run\.stage\("([\w ]+)"\)', source)}
+    assert set(train_gpt.MEMORY_KNOBS) == stages - {"quantize", "pack"}  # those have none
+    knobs = re.findall(r"[A-Z_]{5,}", " ".join(train_gpt.MEMORY_KNOBS.values()))
+    assert len(knobs) >= 5 and all(hasattr(train_gpt.Config(), k.lower()) for k in knobs)
+
+
+# ---- disks -----------------------------------------------------------------------------------------------------------
+def full(*_: Any) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize("where", ["write", "fsync", "replace"])
+def test_a_full_disk_stops_every_rank_and_keeps_what_was_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    (tmp_path / "checkpoint.pt").write_bytes(b"the last one")
+    if where != "write":
+        monkeypatch.setattr(os, where, full)
+
+    def save(run: ThreadRun) -> str:
+        run.folder = tmp_path
+        with pytest.raises(Stop) as stop:
+            run.save("checkpoint.pt", full if where == "write" else lambda f: f.write(b"the next one"))
+        return stop.value.sentence
+
+    said = on_ranks(2, save)
+    assert said[0] == said[1] and "No space left on device; what was finished before is kept there" in said[0]
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == {"checkpoint.pt": b"the last one"}
+
+
+def test_a_log_that_cannot_be_written_does_not_stop_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lone = LoneRun(tmp_path / "gone")
+    for i in range(3):
+        lone.log(f"line {i}")
+        lone.metric("train", step=i)
+    said = capsys.readouterr().out.splitlines()
+    assert said[0::2] == ["line 0", "line 1"] or said.count("line 2") == 1
+    assert sum("cannot be written" in line for line in said) == 1
+
+
+# ---- files that are not what they were -------------------------------------------------------------------------------
+@pytest.fixture
+def described(tmp_path: Path) -> tuple[Path, dict[str, Any]]:
+    """Tiny shards with the manifest.json that preparation writes beside them."""
+    folder = write_dataset(tmp_path / "shards", n_train=2)
+    rows = [{"name": p.name, "bytes": p.stat().st_size, "sha256": train_gpt.file_sha256(p)}
+            for p in sorted(folder.glob("*.bin"))]  # fmt: skip
+    manifest = {"files": rows, "tokenizer": {"sha256": train_gpt.file_sha256(TOKENIZER)}}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    return folder, manifest
+
+
+def manifest_problems(folder: Path, **changes: Any) -> list[str]:
+    cfg = tiny_config(data_path=str(folder), tokenizer_path=str(TOKENIZER), **changes)
+    return list(train_gpt.manifest_problems(cfg))
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-3] ^= 1
+    path.write_bytes(data)
+
+
+CHANGES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "a validation token": (lambda f: flip(f / "fineweb_val_000000.bin"), "is not the file that manifest.json names"),
+    "a byte count": (lambda f: flip(f / "fineweb_val_bytes_000000.bin"), "is not the file that manifest.json names"),
+    "a shorter training shard": (lambda f: write_shard(f / "fineweb_train_000001.bin", [1, 5]), "(size or sha256)"),
+    "one validation shard more": (lambda f: write_shard(f / "fineweb_val_000001.bin", [1, 5]), "does not name"),
+    "no sidecar": (lambda f: (f / "fineweb_val_bytes_000000.bin").unlink(), "val_bytes_000000.bin, which is not there"),
+    "half a manifest": (lambda f: (f / "manifest.json").write_text('{"files": 5'), "cannot be read (JSONDecodeError)"),
+    "manifest of another shape": (lambda f: (f / "manifest.json").write_text('{"files": [1]}'), "cannot be read"),
+}
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_shards_that_are_not_those_of_the_manifest_are_refused(described: tuple[Path, Any], what: str) -> None:
+    folder, _ = described
+    assert manifest_problems(folder) == []
+    plant, sentence = CHANGES[what]
+    plant(folder)
+    problems = manifest_problems(folder)
+    assert len(problems) == 1 and sentence in problems[0]
+
+
+def test_another_tokenizer_is_refused(described: tuple[Path, dict[str, Any]]) -> None:
+    folder, manifest = described
+    manifest["tokenizer"]["sha256"] = "0" * 64
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    assert ["is not the tokenizer of the shards" in p for p in manifest_problems(folder)] == [True]
+
+
+def test_shards_without_a_manifest_of_ours_are_accepted(dataset: Path) -> None:
+    """The public ones come without, or with one that lists other things."""
+    assert manifest_problems(dataset) == []
+    (dataset / "manifest.json").write_text(json.dumps({"datasets": [], "tokenizers": []}))
+    assert manifest_problems(dataset) == []
+
+
+def test_stage_files_and_artifacts_of_another_tokenizer_are_refused(tmp_path: Path) -> None:
+    from fuzz_artifact import sealed, small_artifact
+
+    ours = tiny_config(tokenizer_path=str(TOKENIZER))
+    other = tmp_path / "other.model"
+    other.write_bytes(TOKENIZER.read_bytes() + b"\0")
+    theirs = tiny_config(tokenizer_path=str(other))
+    torch.save({"fingerprint": train_gpt.shape_fingerprint(ours)}, tmp_path / "01_weights.pt")
+    load = lambda cfg: train_gpt.load_stage_file(cfg, LoneRun(tmp_path), "01_weights.pt", "FROM_STAGE=calibrate")
+    assert load(ours)
+    with pytest.raises(Stop) as stop:
+        load(theirs)
+    assert "belongs to another model: TOKENIZER=" in stop.value.sentence
+    header, payload = train_gpt.read_header(small_artifact())
+    blob = sealed(header | {"tokenizer": train_gpt.tokenizer_fingerprint(ours)}, payload)
+    train_gpt.model_from_artifact(ours, LoneRun(), blob)
+    with pytest.raises(Stop) as stop:
+        train_gpt.model_from_artifact(theirs, LoneRun(), blob)
+    assert "of another tokenizer" in stop.value.sentence
+
+
+def test_a_run_does_not_go_on_with_other_shards(tmp_path: Path) -> None:
+    data = write_dataset(tmp_path / "shards")
+    cfg = tiny_config(data_path=str(data))
+    state = {"fingerprint": train_gpt.shape_fingerprint(cfg), "shards": train_gpt.train_fingerprint(cfg)}
+    torch.save(state, tmp_path / "checkpoint.pt")
+    (data / "fineweb_train_000002.bin").unlink()
+    with pytest.raises(Stop) as stop:
+        train_gpt.load_checkpoint(cfg, LoneRun(tmp_path), *[None] * 3)
+    assert "was trained on other shards" in stop.value.sentence
+
+
+# ---- clocks ----------------------------------------------------------------------------------------------------------
+def test_no_duration_comes_from_a_clock_that_can_be_set() -> None:
+    tree = ast.parse(SCRIPT.read_text())
+    used = {ast.unparse(n) for n in ast.walk(tree) if isinstance(n, ast.Attribute)}
+    used = {name for name in used if name.startswith("time.")}
+    assert used == {"time.monotonic", "time.strftime"}  # the latter names folders
+
+
+def test_training_time_goes_on_when_the_clock_is_set_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(time, "time", iter(range(10**6, 0, -3600)).__next__)
+    watch = train_gpt.Stopwatch(5.0)
+    seconds = [watch.seconds() for _ in range(3)]
+    with watch.paused(LoneRun()):
+        pass
+    seconds.append(watch.seconds())
+    assert seconds == sorted(seconds) and seconds[0] >= 5.0
