@@ -467,7 +467,8 @@ def config_rules(c: Config) -> list[tuple[bool, str]]:
         "rope_dims", "gate_window", "muon_backend_steps",
     )  # fmt: skip
     signs = [(getattr(c, k) <= 0, f"{k.upper()} must be above 0, not {getattr(c, k)}") for k in positive]
-    signs.append((not 0 <= c.num_loops <= 100, "NUM_LOOPS must lie in 0..100"))
+    signs += [(not 0 <= getattr(c, k) <= 999, f"{k.upper()} must lie in 0..999")  # the rules below make lists of these
+              for k in ("num_layers", "num_loops", "loop_start", "loop_end")]  # fmt: skip
     if any(bad for bad, _ in signs):
         return named + signs  # the rules below divide by these
     in_lanes = c.num_loops > 0 and 0 < c.parallel_start_layer <= c.loop_end

@@ -52,7 +52,14 @@ def test_the_fuzzer_sees_what_loading_has_no_reason_to_do(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize(
     "settings",
-    [{"num_loops": 1 << 40}, {"mlp_mult": 1e308}, {"mlp_mult": float("inf")}, {"model_dim": 10**40}],
+    [
+        {"num_loops": 1 << 40},
+        {"loop_end": 1 << 62},
+        {"num_layers": 1 << 40},
+        {"mlp_mult": 1e308},
+        {"mlp_mult": float("inf")},
+        {"model_dim": 10**40},
+    ],
     ids=str,
 )
 def test_settings_that_would_fill_memory_stop_the_run(artifacts: list[bytes], settings: dict[str, Any]) -> None:
