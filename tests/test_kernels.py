@@ -229,8 +229,8 @@ def test_interpreted_model_is_the_plain_model(name: str, dense: bool) -> None:
     for (key, a), b in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
         if a.grad is None:
             assert b.grad is None, key
-        else:
-            assert relative_error(b.grad, a.grad) < 1e-4, key
+        else:  # a gradient next to nothing is a difference of larger ones
+            assert (b.grad - a.grad).norm() < 1e-4 * a.grad.norm() + 1e-8, key
 
 
 @needs_triton
