@@ -188,7 +188,7 @@ class Config:
     ema_decay: float = 0.9965            # cap of the weight average's decay, which grows with the steps done
 
     # Quantization and packing
-    compressor: str = "brotli"           # brotli, lzma or zstd
+    compressor: str = "rans"             # rans, brotli, lzma or zstd: all lossless
     gptq_calibration_batches: int = 16   # micro-batches of training text for the Hessians
     matrix_bits: int = 6                 # matrices
     embed_bits: int = 7                  # embedding
@@ -3705,7 +3705,7 @@ def log_categories(coded: Mapping[str, Coded], run: Run) -> None:
 # the payload: compressed pieces of raw little-endian buffers. No pickle: reading a stranger's artifact can only fail,
 # not run anything.
 MAGIC = b"GOLF\x01"
-PIECE = 1 << 20  # a section is compressed in pieces of this many bytes, side by side: 0.002 % larger
+PIECE = 1 << 22  # a section is compressed in pieces of this many bytes, side by side
 HEADER_LIMIT, RAW_LIMIT = 1 << 20, 1 << 30  # bytes that a header, and all sections together, may unpack to
 MODEL_FIELDS = (
     "vocab_size", "num_layers", "model_dim", "num_heads", "num_kv_heads", "mlp_mult", "tied_embed_init_std",
@@ -3759,10 +3759,85 @@ def _unlzma(data: bytes, size: int) -> bytes:
     return lzma.LZMADecompressor(memlimit=1 << 27).decompress(data, size + 1)
 
 
+# Range asymmetric numeral systems (Duda 2013, arXiv 1311.2540). GPTQ's codes are all but independent draws from one
+# distribution, since every row is scaled by its own deviation: a dictionary coder finds nothing, and its Huffman code
+# loses 1.1 % to whole bits, 171 kB of the record's artifact. LANES states of 2^16 to 2^32 take turns, so that a step is
+# a handful of array operations, and share one stream of 16-bit words: 3 s to code 36 MB, 2.4 s to decode.
+LANES, RANS_BITS = 256, 14
+
+
+def rans_table(counts: np.ndarray) -> np.ndarray:
+    """Frequencies of 256 byte values, scaled to sum to 2^RANS_BITS; none that occurs becomes zero."""
+    scaled = np.maximum(counts * (1 << RANS_BITS) // max(int(counts.sum()), 1), counts > 0)
+    scaled[scaled.argmax()] += (1 << RANS_BITS) - scaled.sum()
+    return scaled
+
+
+def rans_encode(data: bytes) -> bytes:
+    """Which values occur (32 bytes), their frequencies - 1 (uint16 each), the last states (uint32), the words."""
+    symbols = np.frombuffer(data, np.uint8)
+    frequency = rans_table(np.bincount(symbols, minlength=256))
+    first = (np.cumsum(frequency) - frequency).astype(np.uint64)
+    filler = np.full(-len(symbols) % LANES, frequency.argmax(), np.uint8)
+    steps = np.concatenate([symbols, filler]).reshape(-1, LANES)
+    states, words, wide = np.full(LANES, 1 << 16, np.uint64), [], frequency.astype(np.uint64)
+    for row in steps[::-1]:  # the decoder goes forward
+        f = wide[row]
+        full = states >= f << np.uint64(32 - RANS_BITS)
+        words.append(states[full].astype("<u2"))
+        states[full] >>= np.uint64(16)
+        whole, rest = np.divmod(states, f)
+        states = (whole << np.uint64(RANS_BITS)) + rest + first[row]
+    there = frequency > 0
+    head = np.packbits(there).tobytes() + (frequency[there] - 1).astype("<u2").tobytes()
+    return head + states.astype("<u4").tobytes() + b"".join(w.tobytes() for w in reversed(words))
+
+
+def rans_decode(data: bytes, size: int) -> bytes:
+    """The first `size` bytes. Raises ValueError unless the stream begins and ends as an encoder's does."""
+    there = np.unpackbits(np.frombuffer(data[:32], np.uint8)).astype(bool)
+    at = 32 + 2 * int(there.sum())
+    if len(there) != 256 or len(data) < at + 4 * LANES or (len(data) - at) % 2:
+        raise ValueError("its head is cut short")
+    frequency = np.zeros(256, np.int64)
+    frequency[there] = np.frombuffer(data[32:at], "<u2") + np.int64(1)
+    if frequency.sum() != 1 << RANS_BITS:
+        raise ValueError("its frequencies make no sense")
+    symbol = np.repeat(np.arange(256, dtype=np.uint8), frequency)
+    step = frequency[symbol].astype(np.uint64)
+    offset = (np.arange(1 << RANS_BITS) - (np.cumsum(frequency) - frequency)[symbol]).astype(np.uint64)
+    states = np.frombuffer(data[at : at + 4 * LANES], "<u4").astype(np.uint64)
+    words, used = np.frombuffer(data[at + 4 * LANES :], "<u2").astype(np.uint64), 0
+    out = np.empty((-(-size // LANES), LANES), np.uint8)
+    for row in out:
+        slot = states & np.uint64((1 << RANS_BITS) - 1)
+        row[:] = symbol[slot]
+        states = step[slot] * (states >> np.uint64(RANS_BITS)) + offset[slot]
+        low = np.flatnonzero(states < 1 << 16)
+        more = words[used : used + len(low)]
+        if len(more) < len(low):
+            raise ValueError("it ends too soon")
+        states[low] = states[low] << np.uint64(16) | more
+        used += len(low)
+    if used != len(words) or (states != 1 << 16).any():
+        raise ValueError("it does not end where it should")
+    return out.tobytes()[:size]
+
+
+def _rans(data: bytes) -> bytes:
+    """A piece by the coder that makes it shorter, and a byte that says which: the few half floats do have patterns."""
+    return min(b"\0" + _brotli(data), b"\1" + rans_encode(data), key=len)
+
+
+def _unrans(data: bytes, size: int) -> bytes:
+    return (rans_decode if data[:1] == b"\1" else _unbrotli)(data[1:], size)
+
+
 COMPRESSORS: dict[str, tuple[Callable[[bytes], bytes], Callable[[bytes, int], bytes]]] = {
     "brotli": (_brotli, _unbrotli),
     "lzma": (lambda d: lzma.compress(d, preset=9 | lzma.PRESET_EXTREME), _unlzma),
     "zstd": (_zstd, _unzstd),
+    "rans": (_rans, _unrans),
 }  # fmt: skip
 
 

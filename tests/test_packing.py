@@ -66,7 +66,7 @@ def sealed(body: bytes) -> bytes:
 
 
 # ---- round trip ------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("compressor", ["brotli", "lzma", "zstd"])
+@pytest.mark.parametrize("compressor", train_gpt.COMPRESSORS)
 @pytest.mark.parametrize("looped", [False, True])
 def test_unpacking_gives_back_the_decoded_tensors(coded: dict[str, Coded], compressor: str, looped: bool) -> None:
     state, loop, config = unpack(pack(coded, looped, tiny_config(compressor=compressor)))
@@ -89,7 +89,7 @@ def test_the_artifact_rebuilds_the_model(coded: dict[str, Coded], artifact: byte
     assert torch.equal(restored(tokens), model(tokens))
 
 
-@pytest.mark.parametrize("compressor", ["brotli", "lzma", "zstd"])
+@pytest.mark.parametrize("compressor", train_gpt.COMPRESSORS)
 def test_the_same_tensors_give_the_same_bytes(coded: dict[str, Coded], compressor: str) -> None:
     cfg = tiny_config(compressor=compressor)
     assert pack(coded, True, cfg) == pack(coded_model(), True, cfg)
@@ -310,11 +310,48 @@ def test_no_value_in_a_header_does_more_than_fail(artifact: bytes, key: str, val
         unpack(relabelled(artifact, change))
 
 
-BOMBS: dict[str, Callable[[bytes], bytes]] = {
+BOMBS: dict[str, Callable[[bytes], bytes]] = {  # rans writes as many bytes as it is asked for
     "brotli": lambda data: brotli.compress(data, quality=1),
     "lzma": lambda data: lzma.compress(data, preset=1),  # a small dictionary: what is allocated is the output
     "zstd": lambda data: zstandard.ZstdCompressor(level=1).compress(data),
 }
+
+
+DRAWS = {
+    "nothing": np.zeros(0),
+    "one": np.full(1, 7),
+    "one value": np.full(5000, 200),
+    "all values": np.arange(256).repeat(9),
+    "rare values": np.concatenate([np.zeros(200_000), np.arange(256)]),
+    "like codes": np.random.RandomState(0).normal(0, 2.6, 300_001).round().clip(-31, 31),
+    "a step less one": np.random.RandomState(1).randint(0, 3, 2 * train_gpt.LANES - 1),
+}
+
+
+@pytest.mark.parametrize("name", DRAWS)
+def test_asymmetric_numerals_give_back_what_they_got(name: str) -> None:
+    data = DRAWS[name].astype(np.int64).astype(np.uint8).tobytes()
+    code = train_gpt.rans_encode(data)
+    assert train_gpt.rans_decode(code, len(data)) == data
+    counts = np.bincount(np.frombuffer(data, np.uint8), minlength=1)
+    share = counts[counts > 0] / max(len(data), 1)
+    entropy = -(share * np.log2(share)).sum() * len(data) / 8
+    assert entropy <= len(code) < 1.002 * entropy + 32 + 2 * len(share) + 4 * train_gpt.LANES + 2 * train_gpt.LANES
+    if len(data) > 10_000:
+        damaged = bytearray(code)
+        damaged[-len(code) // 4] ^= 1
+        with pytest.raises(ValueError):
+            train_gpt.rans_decode(bytes(damaged), len(data))
+        for cut in (10, 40, len(code) // 2, len(code) - 2):
+            with pytest.raises(ValueError):
+                train_gpt.rans_decode(code[:cut], len(data))
+
+
+def test_codes_are_shorter_than_by_a_dictionary() -> None:
+    data = DRAWS["like codes"].astype(np.int64).astype(np.uint8).tobytes()
+    assert len(train_gpt.rans_encode(data)) < len(brotli.compress(data, quality=11)) - 500
+    text = b"the same again, " * 4000
+    assert train_gpt._rans(text)[:1] == b"\0" and train_gpt._unrans(train_gpt._rans(text), len(text)) == text
 
 
 @pytest.mark.parametrize("compressor", BOMBS)
