@@ -19,20 +19,16 @@ Contents: runs, reading, checks, tables, statistics, pictures, page, records, le
 import argparse
 import base64
 import contextlib
-import hashlib
 import html
 import io
 import itertools
 import json
 import math
 import os
-import pickle
 import re
 import shlex
 import statistics
 import sys
-import zipfile
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -122,7 +118,7 @@ class Run:
     learned: list[tuple[int, int]] = field(default_factory=list)  # per phase: documents scored, and learned from
     stages: dict[str, float] = field(default_factory=dict)  # stage -> seconds
     tensors: dict[str, float] = field(default_factory=dict)  # matrix -> its quantization error relative to its norm
-    parts: dict[str, int] = field(default_factory=dict)  # section of the artifact -> compressed bytes
+    parts: dict[str, int] = field(default_factory=dict)  # section of the artifact, or its header -> compressed bytes
     refusals: list[str] = field(default_factory=list)  # why it could not start
     error: str | None = None  # the last exception or stop sentence
 
@@ -381,6 +377,10 @@ def add_row(run: Run, row: Any) -> None:
             add_batch(run, number, Batch(nats / tokens, nats / size / math.log(2), *lengths, None, tokens, nats, size))
         case {"kind": "stage", "name": name, "seconds": seconds} if not row.get("resumed"):
             run.stages[name] = seconds
+        case {"kind": "quantization", "rows": rows}:
+            run.tensors = {name: error for name, _, error in rows}
+        case {"kind": "sections", "bytes": parts, "code": code}:
+            run.parts, run.code_bytes = parts, code
         case {"kind": "result"}:
             for name in (name for name in RESULT_KEYS & row.keys() if row[name] is not None):
                 setattr(run, name, row[name])
@@ -1137,104 +1137,11 @@ def draw_schedules(figure: Any, runs: Sequence[Run]) -> None:
     axes[0].set_title("\n".join(texts), fontsize=9, pad=16)
 
 
-def add_artifact(run: Run) -> None:
-    """Fill `parts` and `tensors` from what a run folder holds besides logs; a damaged file is left out with a note."""
-    artifact, checkpoint = run.log.with_name("final_model.int6.ptz"), run.log.with_name("final_model.pt")
-    try:
-        if artifact.is_file():
-            coded = read_artifact(run, artifact.read_bytes())
-            run.tensors = quantization_errors(checkpoint, coded) if checkpoint.is_file() else {}
-    except Exception as error:  # each library has error classes of its own
-        print(f"read_logs: {artifact} or {checkpoint.name} is damaged, skipped ({error})", file=sys.stderr)
-
-
-def read_artifact(run: Run, blob: bytes) -> dict[str, np.ndarray]:
-    """Compressed bytes of each section into `run.parts`; the GPTQ matrices, dequantized, if brotli packed them."""
-    start = 5 + 32  # magic and checksum
-    if blob[:5] != b"GOLF\1" or hashlib.sha256(blob[start:]).digest() != blob[5:start]:
-        raise ValueError("no artifact of this project, or cut short")
-    at = start + 4 + int.from_bytes(blob[start : start + 4], "little")
-    header = json.loads(zlib.decompress(blob[start + 4 : at]))
-    raw: dict[str, int] = {}
-    for name, kind, _, shape in header["tensors"]:
-        section = section_of(name, kind)
-        raw[section] = raw.get(section, 0) + math.prod(shape) * (2 if kind == "float16" else 1)
-        if kind != "float16":
-            raw["float16"] = raw.get("float16", 0) + 2 * shape[0]
-    lengths, streams = iter(header["pieces"]), {}
-    for section, n_bytes in raw.items():  # compressed in pieces of a mebibyte
-        edges = list(itertools.accumulate(itertools.islice(lengths, math.ceil(n_bytes / (1 << 20))), initial=at))
-        streams[section] = [blob[a:b] for a, b in itertools.pairwise(edges)]
-        run.parts[section], at = edges[-1] - edges[0], edges[-1]
-    return matrices(header["tensors"], streams) if header["compressor"] == "brotli" else {}
-
-
-def section_of(name: str, kind: str) -> str:
-    """The part of an artifact that holds the codes of a tensor, or its values."""
-    return re.sub(r"^blocks\.\d+\.", "", name) if kind == "gptq" else kind
-
-
-def matrices(tensors: list[tuple[str, str, int, list[int]]], streams: dict[str, list[bytes]]) -> dict[str, np.ndarray]:
-    """Name -> codes times row scales. Scales lie among the other 16-bit values: all low bytes, then all high ones."""
-    import brotli  # here, because only run folders have an artifact
-
-    data = {section: b"".join(map(brotli.decompress, pieces)) for section, pieces in streams.items()}
-    halves = np.stack(np.split(np.frombuffer(data["float16"], np.uint8), 2), 1).view("<f2").ravel()
-    taken, weights = dict.fromkeys(data, 0), {}
-    for name, kind, _, shape in tensors:
-        section, size = section_of(name, kind), math.prod(shape)
-        at, n_halves = taken["float16"], size if kind == "float16" else shape[0]
-        taken["float16"] += n_halves
-        if kind != "float16":
-            codes = np.frombuffer(data[section], np.int8, size, taken[section]).reshape(shape)
-            taken[section] += size
-        if kind == "gptq":
-            weights[name] = codes * halves[at : at + n_halves, None].astype(np.float32)
-    return weights
-
-
-class CheckpointReader(pickle.Unpickler):
-    """Reads the float32 tensors of a torch.save file as arrays, without torch and without running anything in it."""
-
-    def __init__(self, archive: zipfile.ZipFile, root: str):
-        super().__init__(io.BytesIO(archive.read(f"{root}/data.pkl")))
-        self.archive, self.root = archive, root
-
-    def find_class(self, module: str, name: str) -> Any:
-        if name == "_rebuild_tensor_v2":
-            return lambda flat, offset, shape, *_: flat[offset : offset + math.prod(shape)].reshape(shape)
-        if (module, name) == ("collections", "OrderedDict"):
-            return dict
-        return name  # a storage class, by which persistent_load knows the type
-
-    def persistent_load(self, key: tuple[Any, ...]) -> np.ndarray:
-        kinds = {"FloatStorage": "<f4", "HalfStorage": "<f2"}
-        return np.frombuffer(self.archive.read(f"{self.root}/data/{key[2]}"), kinds.get(key[1], "u1"))
-
-
-# Where a checkpoint keeps the matrices of its layers: the first half of a bank's rows, and the second.
-BANKS = {"qo_bank": ("attn.c_q", "attn.proj"), "kv_bank": ("attn.c_k", "attn.c_v"), "mlp_up_bank": ("mlp.fc",),
-         "mlp_down_bank": ("mlp.proj",)}  # fmt: skip
-
-
-def quantization_errors(checkpoint: Path, coded: dict[str, np.ndarray]) -> dict[str, float]:
-    """|stored - float| / |float| of every GPTQ matrix, Frobenius norms."""
-    with zipfile.ZipFile(checkpoint) as archive:
-        floats = CheckpointReader(archive, archive.namelist()[0].split("/")[0]).load()
-    truth = {"tok_emb.weight": floats["tok_emb.weight"]}
-    for bank, kinds in BANKS.items():
-        layers = len(floats[bank]) // len(kinds)
-        for i, weights in enumerate(floats[bank]):
-            truth[f"blocks.{i % layers}.{kinds[i // layers]}.weight"] = weights
-    norm = np.linalg.norm
-    return {name: float(norm(weights - truth[name]) / norm(truth[name])) for name, weights in coded.items()}
-
-
 def draw_quantization(figure: Any, runs: Sequence[Run]) -> None:
     """Quantization error of every matrix of the first run over its layers, a line for each kind of matrix."""
     kinds: dict[str, dict[int, float]] = {}
     for name, error in runs[0].tensors.items():
-        layer, kind = re.match(r"(?:blocks\.(\d+)\.)?(.+)\.weight", name).groups()
+        layer, kind = re.fullmatch(r"(?:blocks\.(\d+)\.)?(.+?)(?:\.weight)?", name).groups()
         kinds.setdefault(kind, {})[-1 if layer is None else int(layer)] = 100 * error
     ax = figure.subplots()
     for (kind, by_layer), line, point in styled(sorted(kinds.items())):
@@ -1246,13 +1153,11 @@ def draw_quantization(figure: Any, runs: Sequence[Run]) -> None:
 
 
 def size_parts(run: Run) -> dict[str, int]:
-    """Bytes of the artifact, by kind of tensor where the file itself could be read, and of the code."""
+    """Bytes of the artifact, by kind of tensor where metrics.jsonl has its sections, and of the code."""
     kinds, rest = {"tok": "embedding", "mlp": "MLP", "att": "attention"}, "all else in the artifact"
     parts = dict.fromkeys([*kinds.values(), rest], 0) if run.parts else {"artifact": run.artifact_bytes}
     for section, size in run.parts.items():
         parts[kinds.get(section[:3], rest)] += size
-    if run.parts:
-        parts[rest] += run.artifact_bytes - sum(run.parts.values())
     return parts | {"code": run.code_bytes or 0}
 
 
@@ -1292,8 +1197,6 @@ def pictures(runs: Sequence[Run]) -> dict[str, bytes]:
     from matplotlib.figure import Figure  # here, so that tables work where it is not installed
 
     drawn = {}
-    for run in runs:
-        add_artifact(run)
     for name, picture in PICTURES.items():
         if chosen := [run for run in runs if picture.there(run)]:
             figure, file = Figure(figsize=picture.size, layout="constrained"), io.BytesIO()
@@ -1306,6 +1209,11 @@ def pictures(runs: Sequence[Run]) -> dict[str, bytes]:
             figure.savefig(file, dpi=110)
             drawn[name] = file.getvalue()
     return drawn
+
+
+def missing_pictures(runs: Sequence[Run]) -> list[str]:
+    """Titles of the others: public logs, and older programs, have fewer figures."""
+    return [picture.title for picture in PICTURES.values() if not any(map(picture.there, runs))]
 
 
 def write_pictures(runs: Sequence[Run], folder: Path) -> list[Path]:
@@ -1734,6 +1642,8 @@ def show_report(options: argparse.Namespace, runs: list[Run]) -> None:
     if options.plots:
         for path in write_pictures(runs + base, options.plots):
             print(f"picture: {path}", file=sys.stderr)
+        for title in missing_pictures(runs + base):
+            print(f"no picture, as no run has its figures: {title}", file=sys.stderr)
     if options.html:
         options.html.write_text(page(runs + base, tables), encoding="utf-8")
         print(f"page: {options.html}", file=sys.stderr)

@@ -3685,6 +3685,7 @@ def quantize(state: Mapping[str, Tensor], hessians: Mapping[str, Tensor], cfg: C
     by_gptq = {name for b in batches for stack in b.stacks for name in stack}
     every = {name: matrices[name] if name in by_gptq else code_small(name, x, cfg) for name, x in flat.items()}
     log_categories(every, run)
+    log_errors(every, flat, run)
     return every
 
 
@@ -3696,6 +3697,21 @@ def log_categories(coded: Mapping[str, Coded], run: Run) -> None:
     run.log("Quantized weights:")
     for category in sorted(groups):
         run.log(f"  {category}: {', '.join(sorted(groups[category]))}")
+
+
+def log_errors(coded: Mapping[str, Coded], flat: Mapping[str, Tensor], run: Run) -> None:
+    """Rank 0's rows of name, bits and |decoded - weight| / |weight| (Frobenius) of whatever has codes.
+
+    flat: the weights as they were coded; rotated ones have the error of their originals. All zeros have none.
+    """
+    errors: dict[str, Tensor] = {}
+    for name, c in coded.items():
+        if run.main and c.kind != "float16":  # no copy makes the host wait: codes are staged, errors come all at once
+            weight = flat[name].float()
+            codes, scale = (t.to(weight.device, non_blocking=True) for t in (c.codes, c.scale))
+            errors[name] = (codes * scale.float()[:, None] - weight).norm() / weight.norm().clamp_min(1e-10)
+    values = iter(torch.stack([*errors.values()]).tolist() if errors else [])
+    run.metric("quantization", rows=[[name, coded[name].bits, next(values)] for name in errors])
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -3974,6 +3990,15 @@ def _section_sizes(layout: Iterable[tuple]) -> dict[str, int]:
     for *_, buffers in layout:
         for section, dtype, shape in buffers:
             sizes[section] = sizes.get(section, 0) + dtype.itemsize * math.prod(shape)
+    return sizes
+
+
+def section_bytes(blob: bytes) -> dict[str, int]:
+    """Compressed bytes of each section of an artifact, in file order, after its header and all else before them."""
+    header, payload = read_header(blob)
+    lengths, sizes = iter(header["pieces"]), {"header": len(blob) - len(payload)}
+    for section, size in _section_sizes(_tensor_layout(header)).items():
+        sizes[section] = sum(next(lengths) for _ in range(0, size, PIECE))
     return sizes
 
 
@@ -5051,6 +5076,7 @@ def pack_stage(cfg: Config, run: Run, coded: Mapping[str, Coded], result: dict[s
         sizes = run.alone(lambda: build_submission(run.folder / "submission", artifact, cfg))
     result.update(pack_seconds=clock["seconds"], artifact_bytes=sizes["artifact"], code_bytes=sizes["code"],
                   total_bytes=sizes["total"])  # fmt: skip
+    run.metric("sections", bytes=section_bytes(artifact), code=sizes["code"])
     run.log(f"Code size (uncompressed): {sizes['source']} bytes")
     run.log(f"Code size (compressed): {sizes['code']} bytes")
     run.log(f"Serialized model quantized+{cfg.compressor}: {sizes['artifact']} bytes")
@@ -5256,7 +5282,7 @@ def report(cfg: Config, run: Run, result: dict[str, Any]) -> bool:
 def print_sizes(folder: str) -> None:
     """Bytes of the submission by part; `folder` is the run whose artifact counts, or empty."""
     blob = Path(folder, ARTIFACT_NAME).read_bytes() if folder else b""
-    header = read_header(blob)[0] if folder else {}
+    sections = section_bytes(blob) if folder else {}
     source = Path(__file__).read_text()
     whole = self_extracting(minify(specialized(source, Config())))
     print(f"{'source':<40}{len(source.encode()):>12}")
@@ -5270,10 +5296,9 @@ def print_sizes(folder: str) -> None:
         print("without an artifact; name a run folder to add it: make size RUN=runs/demo")
         return
     print(f"{folder + '/' + ARTIFACT_NAME:<40}{len(blob):>12}")
-    print("of which, beside its header:")
-    lengths = iter(header["pieces"])
-    for name, size in _section_sizes(_tensor_layout(header)).items():
-        print(f"  {name:<38}{sum(itertools.islice(lengths, math.ceil(size / PIECE))):>12}")
+    print("of which:")
+    for name, size in sections.items():
+        print(f"  {name:<38}{size:>12}")
     print(f"{'headroom':<40}{ARTIFACT_LIMIT - len(whole) - len(blob):>12}")
 
 

@@ -17,9 +17,10 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from pipeline_tools import KNOBS, TINY, UNMINIFIED, Finished, Launch, make_shards, run, tiny, together
-from support import CPU, ROOT, LoneRun, write_shard
+from support import CPU, ROOT, LoneRun, relative_error, write_shard
 from torch import Tensor
 
+import read_logs
 import train_gpt
 from train_gpt import ARTIFACT_NAME
 
@@ -210,6 +211,23 @@ def test_metrics_hold_all_that_was_measured(full: Finished) -> None:
     run_json = full.folder.joinpath("run.json").read_text()
     for text in ('"val_sha256"', '"num_layers": 4', '"bpb_ttt"', '"commit"', '"torch"'):
         assert text in run_json
+
+
+@pytest.mark.parametrize("world", ["one", "two"])
+def test_metrics_hold_what_quantization_cost(trained: dict[str, Finished], world: str) -> None:
+    """Errors of everything that has codes, and bytes of every section, as a direct look at the files gives them."""
+    done = trained[world].ok()
+    (quantization,), (sections,) = done.rows("quantization"), done.rows("sections")
+    errors = {name: error for name, _, error in quantization["rows"]}
+    assert Counter(bits for _, bits, _ in quantization["rows"]) == {6: 24, 7: 1, 8: 4}
+    weights = train_gpt.unbank(loaded(done.folder / "final_model.pt"))
+    decoded = train_gpt.unbank(train_gpt.unpack(done.artifact)[0])
+    assert errors == pytest.approx({name: relative_error(decoded[name], weights[name]) for name in errors}, rel=1e-4)
+    assert sum(sections["bytes"].values()) == len(done.artifact)
+    assert {"header", "float16", "rows", "tok_emb.weight", "mlp.fc.weight"} < sections["bytes"].keys()
+    assert sections["code"] == done.result["code_bytes"]
+    (read,) = read_logs.read_runs(done.folder)
+    assert (read.tensors, read.parts) == (errors, sections["bytes"])
 
 
 def test_the_score_is_the_sum_of_its_batches(full: Finished, place: Place) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -347,6 +349,33 @@ def test_any_number_of_ranks_computes_the_same_codes(world: int) -> None:
     for name, one in alone.items():
         for a, b in zip(one, together[name], strict=True):
             assert torch.equal(a, b) if isinstance(a, Tensor) else a == b, name
+
+
+def logged_errors(folder: Path) -> dict[str, tuple[int, float]]:
+    """Name -> (bits, relative error), of a run that quantized once."""
+    (row,) = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert row["kind"] == "quantization"
+    return {name: (bits, error) for name, bits, error in row["rows"]}
+
+
+@pytest.mark.parametrize("mode", ["baseline", "full"])
+def test_the_logged_errors_are_those_of_the_artifact(mode: str, tmp_path: Path) -> None:
+    """Also of rotated weights, whose decoder turns them back. A gate that is still zero has no error."""
+    model, run = tiny_model(spinquant_mode=mode), LoneRun(tmp_path)
+    state, cfg = model.state_dict(), model.cfg
+    state["blocks.2.attn.attn_gate_w"].zero_()
+    coded = quantize(state, calibrate(model, [torch.arange(1, 65).view(4, 16)], run), cfg, run)
+    decoded, *_ = train_gpt.unpack(train_gpt.pack(coded, 1, cfg))
+    for switch in train_gpt.switches(cfg):
+        decoded = switch.decode(decoded, run)
+    weights, decoded, errors = unbank(state), unbank(decoded), logged_errors(tmp_path)
+    assert errors.keys() == {name for name, c in coded.items() if c.kind != "float16"}
+    assert len(errors) == 6 * 6 + 1 + 6
+    assert errors.pop("blocks.2.attn.attn_gate_w") == (8, 0)
+    for name, (bits, error) in errors.items():
+        assert bits == coded[name].bits
+        assert error == pytest.approx(relative_error(decoded[name], weights[name]), rel=1e-4), name
+        assert 1e-4 < error < 0.5, name
 
 
 def test_batches_give_the_codes_of_each_matrix_alone() -> None:

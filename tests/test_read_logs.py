@@ -647,48 +647,42 @@ def test_pictures_of_a_run_without_figures_are_none(folder: Path) -> None:
     assert read_logs.pictures([read(folder)]) == {}
 
 
-def test_sizes_and_errors_come_from_the_artifact(folder: Path) -> None:
-    """Matrices rounded to a grid of 1/8: the error is known, and so is what every byte of the file is for."""
-    torch, train_gpt = pytest.importorskip("torch"), pytest.importorskip("train_gpt")
-    from support import tiny_config, tiny_model
+ERRORS = {"tok_emb.weight": (7, 0.02), "bigram.embed.weight": (6, 0.09)} | {
+    f"blocks.{layer}.{kind}": (bits, 0.03 + 0.01 * layer)
+    for layer in range(3)
+    for kind, bits in (("attn.c_q.weight", 6), ("mlp.proj.weight", 6), ("attn.attn_gate_w", 8))
+}
+SECTIONS = {"header": 1_000, "tok_emb.weight": 300_000, "float16": 40_000, "attn.c_q.weight": 200_000, "rows": 9_000,
+            "mlp.proj.weight": 350_000}  # fmt: skip
 
-    state = {name: tensor.detach().contiguous() for name, tensor in tiny_model().state_dict().items()}
-    torch.save(state, folder / "final_model.pt")
-    coded, truth = {}, {}
-    for name, x in train_gpt.unbank(state).items():
-        if x.ndim == 2 and (".attn.c_" in name or ".proj." in name or ".fc." in name or "tok_emb" in name):
-            codes = (8 * x).round().clamp(-31, 31).to(torch.int8)
-            coded[name] = train_gpt.Coded("gptq", 6, codes, torch.full((len(x),), 0.125).half(), None)
-            truth[name] = float((codes / 8 - x).norm() / x.norm())
-        else:
-            coded[name] = train_gpt.Coded("float16", 16, None, None, x.half())
-    blob = train_gpt.pack(coded, True, tiny_config())
-    (folder / "final_model.int6.ptz").write_bytes(blob)
+
+def test_sizes_and_errors_come_from_the_metrics(folder: Path) -> None:
+    rows = [{"kind": "quantization", "rows": [[name, bits, error] for name, (bits, error) in ERRORS.items()]},
+            {"kind": "sections", "bytes": SECTIONS, "code": 30_000}]  # fmt: skip
+    with open(folder / "metrics.jsonl", "a") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
     run = read(folder)
-    read_logs.add_artifact(run)
-    assert run.tensors == pytest.approx(truth, rel=1e-5)
-    assert len(run.tensors) == 6 * 6 + 1
-    run.artifact_bytes = len(blob)
-    parts = read_logs.size_parts(run)
-    assert sum(parts.values()) == len(blob) + run.code_bytes
-    assert set(parts) == {"embedding", "MLP", "attention", "all else in the artifact", "code"}
-    assert all(line.get_marker() not in (None, "None") for line in drawn("quantization", [run]).axes[0].lines)
+    assert run.tensors == {name: error for name, (_, error) in ERRORS.items()}
+    assert read_logs.size_parts(run) == {"embedding": 300_000, "MLP": 350_000, "attention": 200_000,
+                                         "all else in the artifact": 50_000, "code": 30_000}  # fmt: skip
+    assert sum(read_logs.size_parts(run).values()) == run.total_bytes
+    ax = drawn("quantization", [run]).axes[0]
+    kinds = {line.get_label(): list(line.get_ydata()) for line in ax.lines}
+    assert kinds["mlp.proj"] == kinds["attn.attn_gate_w"] == pytest.approx([3, 4, 5])
+    assert (kinds["tok_emb"], kinds["bigram.embed"]) == ([2], [9])
+    assert all(line.get_marker() not in (None, "None") for line in ax.lines)
 
 
-@pytest.mark.parametrize("damage", ["artifact", "checkpoint"])
-def test_damaged_files_are_left_out(folder: Path, capsys: pytest.CaptureFixture[str], damage: str) -> None:
-    import hashlib
-    import zlib
-
-    head = zlib.compress(json.dumps({"compressor": "brotli", "tensors": [], "pieces": []}).encode())
-    body = len(head).to_bytes(4, "little") + head
-    blob = b"GOLF\1" + hashlib.sha256(body).digest() + body
-    (folder / "final_model.int6.ptz").write_bytes(blob[:-1] if damage == "artifact" else blob)
-    (folder / "final_model.pt").write_bytes(b"PK, but not a whole archive")
-    run = read(folder)
-    read_logs.add_artifact(run)
-    assert run.parts == run.tensors == {}
-    assert "is damaged, skipped" in capsys.readouterr().err
+def test_pictures_without_figures_are_named(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A run folder of an older program: no errors of matrices, and only artifact and code in the sizes."""
+    rows = [row for row in ROWS if row["kind"] != "ttt"]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert read_logs.main([str(folder), "--plots", str(tmp_path / "plots")]) == 0
+    drawn_now, said = {path.stem for path in (tmp_path / "plots").iterdir()}, capsys.readouterr().err
+    assert drawn_now == {"loss", "speed", "size"}
+    titles = [read_logs.PICTURES[name].title for name in ("schedules", "ttt", "quantization")]
+    assert re.findall(r"^no picture, as no run has its figures: (.+)$", said, re.M) == titles
+    assert read_logs.size_parts(read(folder)) == {"artifact": 900_000, "code": 30_000}
 
 
 # ---- Page and data ---------------------------------------------------------------------------------------------------
