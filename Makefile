@@ -52,7 +52,7 @@ ablate: $(if $(DATA_PATH),$(RUN_READY),$(DEMO)/.prepared)  ## SETTINGS="A=1 B=2,
 	@$(PY) ablate.py $(SETTINGS)
 
 test: $(DEV_READY)  ## all tests; those marked gpu skip themselves without a GPU
-	@$(PY) -m pytest -q
+	@$(PY) -m pytest -q -n 2 --dist loadfile
 
 fuzz: $(DEV_READY)  ## 100,000 damaged and lying artifacts: each loads or fails by name (FUZZ_CASES, FUZZ_SEED)
 	@PYTHONPATH=. $(PY) tests/fuzz_artifact.py $(FUZZ_CASES) $(FUZZ_SEED)
