@@ -4200,19 +4200,19 @@ def minify(source: str, keep: Sequence[str] = ()) -> str:
 STUB = """# -*- coding: latin-1 -*-
 import brotli,os,runpy,sys,tempfile
 with tempfile.TemporaryDirectory() as d:
- p=os.path.join(d,"train_gpt.py");open(p,"wb").write(brotli.decompress("{}".encode("latin-1")));runpy.run_path(p,run_name="__main__")
+ p=os.path.join(d,"train_gpt.py");open(p,"wb").write(brotli.decompress('''{}'''.encode("latin-1")));runpy.run_path(p,run_name="__main__")
 """
 
 
 def self_extracting(program: str) -> bytes:
     """A Python file that unpacks `program` into a temporary folder and runs it.
 
-    The compressed bytes stand in a latin-1 string literal, five of them escaped: 2 % longer than raw, where base85 is
-    25 %. The program becomes a real file because Triton reads the source of its kernels from disk.
+    The compressed bytes stand in a latin-1 string of several lines, few of them escaped: 1 % longer than raw, where
+    base85 is 25 %. The program becomes a real file because Triton reads the source of its kernels from disk.
     """
-    text = _brotli(program.encode()).decode("latin-1")
-    for raw, safe in (("\\", "\\\\"), ('"', '\\"'), ("\n", "\\n"), ("\r", "\\r"), ("\0", "\\x00")):
-        text = text.replace(raw, safe)
+    text = _brotli(program.encode()).decode("latin-1").replace("\\", r"\\")
+    for raw, safe in (("\r", r"\r"), ("\0(?=[0-7])", r"\x00"), ("\0", r"\0"), ("'(?=''|$)", r"\'")):
+        text = re.sub(raw, lambda _, safe=safe: safe, text)
     return STUB.replace("{}", text).encode("latin-1")
 
 

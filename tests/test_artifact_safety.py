@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import subprocess
 import sys
 from pathlib import Path
@@ -80,10 +81,10 @@ def test_a_window_larger_than_a_piece_is_not_allocated() -> None:
 # ---- the submission --------------------------------------------------------------------------------------------------
 def unwrapped(submission: bytes) -> tuple[str, str]:
     """The stub with a hole, and the program that it unpacks."""
-    head, literal, tail = submission.decode("latin-1").partition('brotli.decompress("')[0::2] + ("",)
-    literal, _, tail = literal.partition('".encode("latin-1")')
-    program = brotli.decompress(eval(f'"{literal}"').encode("latin-1"))
-    return f'{head}brotli.decompress("{{}}".encode("latin-1"){tail}', program.decode()
+    head, _, rest = submission.decode("latin-1").partition("brotli.decompress('''")
+    literal, _, tail = rest.partition("'''.encode")
+    program = brotli.decompress(ast.literal_eval(f"'''{literal}'''").encode("latin-1"))
+    return f"{head}brotli.decompress('''{{}}'''.encode{tail}", program.decode()
 
 
 def test_the_submission_holds_nothing_but_the_program(minified: str) -> None:

@@ -463,6 +463,17 @@ def test_the_stub_survives_every_byte(tmp_path: Path) -> None:
     assert int(run_python("p.py", cwd=tmp_path)) > 8000
 
 
+def test_the_stub_holds_any_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng, dangerous = np.random.RandomState(0), np.frombuffer(b"'\\\r\n\0\x001234567'\"", np.uint8)
+    for n in (1, 2, 3, 50, 20_000):
+        for data in (rng.randint(0, 256, n).astype(np.uint8).tobytes(), rng.choice(dangerous, n).tobytes()):
+            monkeypatch.setattr(train_gpt, "_brotli", lambda _, data=data: data)
+            literals = [
+                c.value for c in ast.walk(ast.parse(train_gpt.self_extracting(""))) if isinstance(c, ast.Constant)
+            ]
+            assert data.decode("latin-1") in literals
+
+
 def test_the_submission_folder_is_what_counts(
     artifact: bytes, minified: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
