@@ -303,12 +303,6 @@ def within_twice_the_error(
 
 
 # ---- attention -------------------------------------------------------------------------------------------------------
-MODULES = {
-    "triton": "triton", "fa3": "flash_attn_interface", "fa4": "flash_attn.cute.interface",
-    "varlen": "torch.nn.attention.varlen",
-}  # fmt: skip
-
-
 def normed(lengths: Sequence[int], heads: tuple[int, int], size: int, gain: float) -> list[Tensor]:
     """q, k and v of packed documents, as the model makes them."""
     g = torch.Generator().manual_seed(sum(lengths))
@@ -370,10 +364,11 @@ def test_the_tables_of_attention_say_what_sees_what(lengths: tuple[int, ...]) ->
 @needs_cuda
 @pytest.mark.parametrize("lengths", [(64,), (1, 1, 2), (100, 1, 333, 57, 21), (700, 1300, 48)], ids=str)
 @pytest.mark.parametrize("heads", [(8, 4), (4, 4), (8, 1)], ids=str)
-@pytest.mark.parametrize("kind", MODULES)
+@pytest.mark.parametrize("kind", train_gpt.ATTENTION_MODULES)
 def test_attention_kernels(kind: str, heads: tuple[int, int], lengths: tuple[int, ...]) -> None:
-    if not train_gpt.importable(MODULES[kind]):
-        pytest.skip(f"needs {MODULES[kind]}")
+    module = train_gpt.ATTENTION_MODULES[kind]
+    if not train_gpt.importable(module):
+        pytest.skip(f"needs {module}")
     boundaries = packed(lengths, n_more=64 - len(lengths))
     docs = Docs(boundaries.cu_seqlens.cuda(), boundaries.max_len)
     inputs = [t.to("cuda", torch.bfloat16) for t in normed(lengths, heads, 64, 5.0)]
