@@ -121,6 +121,7 @@ class Config:
     compute_dtype: str = "auto"          # activations: bfloat16 or float32; auto: bfloat16 on a GPU, float32 on a CPU
     kernels: str = "auto"                # auto: the fastest that runs here; spec: plain PyTorch everywhere
     attention: str = "auto"              # auto, triton (our own), fa3, fa4, varlen or sdpa
+    cuda_graphs: bool = True             # a training micro-batch is one launch for the host, where that is possible
 
     # Data
     data_dir: str = "./data/"            # root of data sets and tokenizers
@@ -1088,9 +1089,9 @@ class FlashAttention4(PackedAttention):
 # short documents. Tiles follow the packed row, not the documents; a table says which keys a tile sees at all, and
 # which of them all its tokens see. Two backward kernels, one per side, compute the scores twice instead of adding up
 # the queries' gradients with atomics: no float32 buffer, and the same sums every time. On an H200, a record
-# micro-batch (123 GFLOP forward): 0.36 ms forward (344 TFLOP/s) and 0.43 + 0.68 backward; FlashAttention-4 0.52 and
-# 1.35; one backward kernel with atomics 1.09; tiles of 64 x 64 tokens 0.37 and 0.54 + 1.37, of 128 keys 0.43 and 0.57
-# + 0.98.
+# micro-batch (123 GFLOP forward): 0.34 ms forward (360 TFLOP/s), 0.41 + 0.67 backward; FlashAttention-4 0.52 and 1.35.
+# One backward kernel with atomics 1.09 instead; tiles of 64 tokens and keys 0.37 and 0.54 + 1.37; of 128 keys 0.43 and
+# 0.57 + 0.98; a fourth stage of operands 0.35 and 0.44 + 0.72.
 class Spans(NamedTuple):
     """What sees what, in int32; a token sees keys `first` to `last`, a key is seen by tokens `since` to `until`.
 
@@ -1246,9 +1247,9 @@ class TritonAttention(PackedAttention):
         return cfg.head_dim in (16, 32, 64, 128) and cfg.num_heads // cfg.num_kv_heads in (1, 2, 4, 8)
 
     @staticmethod
-    def tile(on_gpu: bool, heads: int) -> tuple[int, int]:
-        """M tokens, whose R heads make 64 rows for the four warps of a warp group, and N keys."""
-        return (64 // heads, 64) if on_gpu else (4, 8)
+    def tile(on_gpu: bool, heads: int) -> tuple[int, int, int]:
+        """M tokens, whose R heads are the 64 rows of a warp group; keys at a time; keys of a program."""
+        return (64 // heads, 32, 64) if on_gpu else (4, 8, 16)
 
     def spans(self, docs: Docs, n_queries: int, n_keys: int, heads: int) -> Spans:
         cu, (key_cu, _) = docs.cu_seqlens, docs.keys
@@ -1256,8 +1257,8 @@ class TritonAttention(PackedAttention):
         end, key_end = (torch.searchsorted(c, t, right=True) for c, t in ((cu, token), (key_cu, key)))
         first, last = key_cu[end - 1], token + key_cu[end] - cu[end]
         since = torch.maximum(cu[key_end - 1], key + cu[key_end] - key_cu[key_end])
-        (m, n), tables = self.tile(cu.is_cuda, heads), []
-        for low, high, block, partners in ((first, last, m, n), (since, cu[key_end] - 1, n, m)):
+        (m, n, keys), tables = self.tile(cu.is_cuda, heads), []
+        for low, high, block, partners in ((first, last, m, n), (since, cu[key_end] - 1, keys, m)):
             tables.append(cu.new_empty(triton.cdiv(len(low), block), 4))
             span_kernel[(len(tables[-1]),)](low, high, tables[-1], len(low), block, partners)
         return Spans(first, last, *tables)
@@ -1267,31 +1268,36 @@ class TritonAttention(PackedAttention):
         t, g, r, k = shape
         return like.new_empty(g, t, r, k).transpose(0, 1)
 
-    def operands(self, q: Tensor, k: Tensor, v: Tensor, *more: Tensor) -> tuple[tuple[int, int], list[Any]]:
-        """(M, N), and descriptors of q, k, v and of more tensors like q."""
-        into, (m, n), size = TensorDescriptor.from_tensor, self.tile(q.is_cuda, q.size(2)), q.size(-1)
+    @staticmethod
+    def operands(m: int, n: int, q: Tensor, k: Tensor, v: Tensor, *more: Tensor) -> list[Any]:
+        """Descriptors of q, k, v and of more tensors like q, in tiles of m tokens and n keys."""
+        into, size = TensorDescriptor.from_tensor, q.size(-1)
         q, *more = (into(t.transpose(0, 1).reshape(-1, size), [m * q.size(2), size]) for t in (q, *more))
-        return (m, n), [q, *(into(t.flatten(1), [n, size]) for t in (k, v)), *more]
+        k, v = (t if _fits_tma(t) else t.contiguous() for t in (k.flatten(1), v.flatten(1)))
+        return [q, into(k, [n, size]), into(v, [n, size]), *more]
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, docs: Docs) -> tuple[Tensor, Any]:
-        (t, g, r, size), s, (tile, operands) = q.shape, docs.spans, self.operands(q, k, v)
+        (t, g, r, size), s, (m, n, _) = q.shape, docs.spans, self.tile(q.is_cuda, q.size(2))
         out, lse = self.empty(q, t, g, r, size), q.new_empty(g, t, r, dtype=torch.float32)
         attention_kernel[(len(s.queries), g)](
-            *operands, out, lse, s.first, s.last, s.queries, t, size**-0.5, r, size, *tile, num_warps=4, num_stages=3
-        )
+            *self.operands(m, n, q, k, v), out, lse, s.first, s.last, s.queries, t, size**-0.5, r, size, m, n,
+            num_warps=4, num_stages=3,
+        )  # fmt: skip
         return out, (q, k, v, lse)
 
     def backward(self, grad: Tensor, out: Tensor, delta: Tensor, state: Any, docs: Docs) -> list[Tensor]:
         (*qkv, lse), (t, g, r, size), s, n_keys = state, grad.shape, docs.spans, len(state[1])
-        tile, operands = self.operands(*qkv, grad)
+        (m, n, keys), scale = self.tile(grad.is_cuda, r), size**-0.5
         dq, dk, dv = self.empty(grad, t, g, r, size), *(grad.new_empty(n_keys, g, size) for _ in range(2))
-        constants, options = (r, size, *tile), dict(num_warps=4, num_stages=3)
         attention_query_kernel[(len(s.queries), g)](
-            *operands, lse, delta, dq, s.first, s.last, s.queries, t, size**-0.5, *constants, **options
-        )
+            *self.operands(m, n, *qkv, grad), lse, delta, dq, s.first, s.last, s.queries, t, scale, r, size, m, n,
+            num_warps=4, num_stages=3,
+        )  # fmt: skip
+        # 217 registers a thread leave room for two programs per core, 168 for a third.
         attention_key_kernel[(len(s.keys), g)](
-            *operands, lse, delta, dk, dv, s.first, s.last, s.keys, t, n_keys, size**-0.5, g, *constants, **options
-        )
+            *self.operands(m, keys, *qkv, grad), lse, delta, dk, dv, s.first, s.last, s.keys, t, n_keys, scale,
+            g, r, size, m, keys, num_warps=4, num_stages=2, maxnreg=168,
+        )  # fmt: skip
         return [dq, dk, dv]
 
 
@@ -1455,7 +1461,8 @@ def _leaky_gemm(a: Tensor, b: Tensor, pre: Tensor, out: Tensor, f: Xielu | None,
     """b: (F, D) forward, (D, F) backward. f: None for the leaky square."""
     (M, K), N = a.shape, pre.size(1)
     m, n, k = blocks = (128, 256, 64) if a.is_cuda else (32, 32, 32)
-    tiles, warps, scalars = triton.cdiv(M, m) * triton.cdiv(N, n), dict(num_warps=8, num_stages=3), f or (0.0,) * 4
+    tiles, scalars = triton.cdiv(M, m) * triton.cdiv(N, n), f or (0.0,) * 4
+    warps = dict(num_warps=8, num_stages=3 if backward else 4)  # backward has a tile of `pre` beside the operands
     if _fits_tma(a, b, pre, out):
         into, shape = TensorDescriptor.from_tensor, [k, n] if backward else [n, k]
         leaky_tma_kernel[(min(tiles, device_cores(a.device)),)](
@@ -3526,22 +3533,86 @@ def training_loss(model: GPT, batch: tuple[Tensor, Tensor, Docs], weights: Tenso
     return (w * model(inputs, targets, docs=docs, reduction="none")).sum() / w.sum()
 
 
+class MicroBatch:
+    """Adds the gradients of a micro-batch's share of the step's loss to those of the parameters; returns that share."""
+
+    def __init__(self, model: GPT, weights: Tensor | None = None):
+        self.model, self.weights = model, weights
+
+    def __call__(self, batch: tuple[Tensor, Tensor, Docs]) -> Tensor:
+        loss = training_loss(self.model, batch, self.weights) / MICRO_STEPS
+        loss.backward()
+        return loss.detach()
+
+
+class GraphedMicroBatch(MicroBatch):
+    """The same as one CUDA graph: Python needs about 70 ms to launch its 770 or 1,150 kernels, no less than these take.
+
+    The first micro-batch of a loop mode runs as it is and builds its kernels, the second is recorded; there is one
+    graph at a time, which owns the memory of its activations. Its gradients are added to those of the parameters after
+    each replay, so that these come and go as without a graph. A row with more documents than usual runs as it is.
+    """
+
+    def __init__(self, model: GPT, weights: Tensor | None = None):
+        super().__init__(model, weights)
+        self.looped, self.graph, self.inputs, self.loss, self.grads = -1, None, (), None, {}
+
+    def __call__(self, batch: tuple[Tensor, Tensor, Docs]) -> Tensor:
+        tensors = (*batch[:2], batch[2].cu_seqlens)
+        if self.model.looped != self.looped:
+            self.graph, self.grads, self.looped = None, {}, self.model.looped
+            return super().__call__(batch)
+        if self.graph is None:
+            self.record(batch, tensors)
+        if any(a.shape != b.shape for a, b in zip(self.inputs, tensors, strict=True)):
+            return super().__call__(batch)
+        torch._foreach_copy_(self.inputs, tensors)
+        self.graph.replay()
+        self.add_gradients()
+        return self.loss
+
+    def record(self, batch: tuple[Tensor, Tensor, Docs], tensors: Sequence[Tensor]) -> None:
+        """Nothing runs while it is recorded. Other threads, as the loader's, may go on."""
+        earlier = {p: p.grad for p in self.model.parameters()}
+        for p in earlier:
+            p.grad = None
+        torch.cuda.empty_cache()  # the graph allocates for itself
+        self.inputs, self.graph = [t.clone() for t in tensors], torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+            self.loss = super().__call__((*self.inputs[:2], batch[2]._replace(cu_seqlens=self.inputs[2])))
+        self.grads = {p: p.grad for p in earlier if p.grad is not None}
+        for p, grad in earlier.items():
+            p.grad = grad
+
+    def add_gradients(self) -> None:
+        for p in self.grads:
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+        for mine in by_dtype(self.grads.values()):
+            kind = mine[0].dtype
+            torch._foreach_add_([p.grad for p, g in self.grads.items() if g.dtype == kind], mine)
+
+
+def micro_batches(cfg: Config, run: Run, model: GPT, weights: Tensor | None = None) -> MicroBatch:
+    """Switches read the step they are at, which a graph would not."""
+    graphed = cfg.cuda_graphs and run.device.type == "cuda" and model.kernels.fused and not model.switches
+    return (GraphedMicroBatch if graphed else MicroBatch)(model, weights)
+
+
 def train_step(
-    model: GPT, optimizer: Optimizer, loader: TrainLoader, lr_mul: float, momentum: float, wd_mul: float = 1.0,
-    weights: Tensor | None = None,
+    gradients: MicroBatch, optimizer: Optimizer, loader: TrainLoader, lr_mul: float, momentum: float,
+    wd_mul: float = 1.0,
 ) -> Tensor:  # fmt: skip
     """One optimizer step on MICRO_STEPS micro-batches; returns this rank's share of the mean loss, on the device."""
     loss_sum = torch.zeros((), device=loader.run.device)
     for batch in loader.next_step():
-        loss = training_loss(model, batch, weights) / MICRO_STEPS
-        loss.backward()
-        loss_sum += loss.detach()
+        loss_sum += gradients(batch)
     optimizer.clip(optimizer.reduce())
     optimizer.update(lr_mul, momentum, wd_mul)
     return loss_sum
 
 
-def prime(cfg: Config, run: Run, model: GPT, optimizer: Optimizer, loss_weights: Tensor | None = None) -> None:
+def prime(cfg: Config, run: Run, model: GPT, optimizer: Optimizer, gradients: MicroBatch) -> None:
     """Untimed steps in each loop mode so that every kernel is built; then weights, momentum and data roll back."""
     if cfg.warmup_steps <= 0:
         return
@@ -3553,7 +3624,7 @@ def prime(cfg: Config, run: Run, model: GPT, optimizer: Optimizer, loss_weights:
             run.log(f"loop_warmup:enabled {describe_plan(model.plan)}")
         loader = TrainLoader(cfg, run)
         for step in range(1, cfg.warmup_steps + 1):
-            train_step(model, optimizer, loader, 1.0, cfg.muon_momentum, weights=loss_weights).item()
+            train_step(gradients, optimizer, loader, 1.0, cfg.muon_momentum).item()
             if step <= 6 or step % 10 == 0 or step == cfg.warmup_steps:
                 run.log(f"{'loop_' if looped else ''}warmup_step: {step}/{cfg.warmup_steps}")
         loader.close()
@@ -3672,8 +3743,8 @@ class TrainLog:
 def train(cfg: Config, run: Run, model: GPT, val: ValidationSet) -> Progress:
     """Trains until ITERATIONS or the wall-clock budget; the model ends with the averaged weights."""
     optimizer, average = Optimizer(model, cfg, run), WeightAverage(model, cfg.ema_decay)
-    loss_weights = byte_weights(cfg, run)
-    prime(cfg, run, model, optimizer, loss_weights)
+    gradients = micro_batches(cfg, run, model, byte_weights(cfg, run))
+    prime(cfg, run, model, optimizer, gradients)
     progress = load_checkpoint(cfg, run, model, optimizer, average) if cfg.resume else Progress()
     loader = TrainLoader(cfg, run, progress.step)
     run.sync()
@@ -3711,7 +3782,7 @@ def train(cfg: Config, run: Run, model: GPT, val: ValidationSet) -> Progress:
             switch.schedule(fraction)
         lr_mul = lr_multiplier(cfg, fraction)
         schedules = lr_mul, muon_momentum(cfg, step), wd_multiplier(cfg, fraction)
-        loss = run.sum(train_step(model, optimizer, loader, *schedules, loss_weights))
+        loss = run.sum(train_step(gradients, optimizer, loader, *schedules))
         average.update()
         progress.step += 1
         log.add(progress, loss, lr_mul)

@@ -498,16 +498,11 @@ def kernels(b: Bench) -> Part:
 
 
 # ---- micro-batch -----------------------------------------------------------------------------------------------------
-def micro_batch(model: GPT, batch: Batch) -> None:
-    """What `train_step` does with one micro-batch."""
-    inputs, targets, docs = batch
-    (model(inputs, targets, docs=docs) / MICRO_STEPS).backward()
-
-
 def micro(b: Bench) -> Part:
     """A micro-batch of the packed mix, forward and backward; the gradients add up as in training."""
     model, batch = random_model(b), mix_batch(b)
-    work, rows = lambda: micro_batch(model, batch), []
+    gradients, rows = train_gpt.micro_batches(b.cfg, b.run, model), []
+    work = lambda: gradients(batch)
     for loop, model.looped in LOOPS.items():
         first = seconds(b.run, work)
         if b.device.type == "cuda":
@@ -584,6 +579,7 @@ class Training(NamedTuple):
     """What the training loop holds, and one turn of that loop."""
 
     model: GPT
+    gradients: train_gpt.MicroBatch
     optimizer: train_gpt.Optimizer
     average: WeightAverage
     turn: Callable[[TrainLoader], None]
@@ -592,6 +588,7 @@ class Training(NamedTuple):
 def training(b: Bench, cfg: Config) -> Training:
     """`turn` repeats the body of `train`: clock, step, average, log."""
     model = random_model(b)
+    gradients = train_gpt.micro_batches(cfg, b.run, model)
     optimizer, average = train_gpt.Optimizer(model, cfg, b.run), WeightAverage(model, cfg.ema_decay)
     watch, progress = train_gpt.Stopwatch(), train_gpt.Progress(step=10)  # the first five steps are logged at once
     log = train_gpt.TrainLog(model, b.run, watch)
@@ -599,12 +596,12 @@ def training(b: Bench, cfg: Config) -> Training:
     def turn(loader: TrainLoader) -> None:
         b.run.agree(watch.seconds(), b.run.stop_signal)
         # A hundredth of the learning rate: the weights stay what they are.
-        loss = b.run.sum(train_gpt.train_step(model, optimizer, loader, 0.01, cfg.muon_momentum))
+        loss = b.run.sum(train_gpt.train_step(gradients, optimizer, loader, 0.01, cfg.muon_momentum))
         average.update()
         progress.step += 1
         log.add(progress, loss, 0.01)
 
-    return Training(model, optimizer, average, turn)
+    return Training(model, gradients, optimizer, average, turn)
 
 
 def step_row(b: Bench, cfg: Config, t: Training, loop: str) -> Row:
@@ -614,7 +611,7 @@ def step_row(b: Bench, cfg: Config, t: Training, loop: str) -> Row:
     def eight() -> None:
         t.optimizer.zero_grad()
         for _ in range(MICRO_STEPS):
-            micro_batch(t.model, batch)
+            t.gradients(batch)
 
     t.turn(loader)
     eight()
@@ -640,7 +637,7 @@ def optimizer_rows(b: Bench, t: Training) -> list[Row]:
         "weight average": t.average.update,
     }
     for _ in range(b.sizes.step_repeats + 1):
-        micro_batch(t.model, batch)
+        t.gradients(batch)
         laps.append([lap(b.run, work) for work in parts.values()])
     b.run.sync()
     times = [median(column) for column in zip(*laps[1:], strict=True)]

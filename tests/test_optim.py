@@ -341,7 +341,7 @@ def test_priming_rolls_everything_back(dataset: Path, trained: bool) -> None:
     weights, state = snapshot(model.state_dict()), snapshot(optimizer.state_dict())
     seen = []
     model.register_forward_pre_hook(lambda m, _: seen.append(m.looped))
-    train_gpt.prime(cfg, run, model, optimizer)
+    train_gpt.prime(cfg, run, model, optimizer, train_gpt.MicroBatch(model))
     assert seen == 16 * [False] + 16 * [True], "both graphs, two steps of eight micro-batches each"
     assert equal(snapshot(model.state_dict()), weights)
     assert any(m.any() for m in optimizer.momentum) == trained
@@ -358,9 +358,10 @@ def test_priming_does_not_change_the_first_step(dataset: Path) -> None:
         cfg, run = tiny_config(data_path=dataset, warmup_steps=warmup), LoneRun()
         model = tiny_model()
         optimizer = Optimizer(model, cfg, run)
-        train_gpt.prime(cfg, run, model, optimizer)
+        work = train_gpt.MicroBatch(model)
+        train_gpt.prime(cfg, run, model, optimizer, work)
         loader = train_gpt.TrainLoader(cfg, run)
-        losses = [train_gpt.train_step(model, optimizer, loader, 1.0, 0.9).item() for _ in range(2)]
+        losses = [train_gpt.train_step(work, optimizer, loader, 1.0, 0.9).item() for _ in range(2)]
         loader.close()
         results.append((losses, snapshot(model.state_dict())))
     assert equal(*results)
@@ -370,7 +371,7 @@ def test_a_train_step_is_the_gradient_of_the_mean_loss(dataset: Path) -> None:
     cfg, run, model = tiny_config(data_path=dataset, grad_clip_norm=0.0), LoneRun(), tiny_model()
     twin = tiny_model()
     loader = train_gpt.TrainLoader(cfg, run)
-    loss = train_gpt.train_step(model, Optimizer(model, cfg, run), loader, 1.0, 0.9)
+    loss = train_gpt.train_step(train_gpt.MicroBatch(model), Optimizer(model, cfg, run), loader, 1.0, 0.9)
     loader.close()
     again = train_gpt.TrainLoader(cfg, run)
     want = torch.stack([twin(x, y, docs=d) for x, y, d in again.next_step()]).mean()

@@ -147,7 +147,7 @@ def gradients(weights: Tensor | None) -> tuple[float, dict[str, Tensor]]:
     model, grads = tiny_model(), {}
     optimizer = Optimizer(model, tiny_config(), LoneRun())
     optimizer.update = lambda *_: grads.update({n: p.grad.clone() for n, p in model.named_parameters()})
-    return train_gpt.train_step(model, optimizer, Loader(), 1.0, 0.9, 1.0, weights).item(), grads
+    return train_gpt.train_step(train_gpt.MicroBatch(model, weights), optimizer, Loader(), 1.0, 0.9).item(), grads
 
 
 def test_the_weighted_loss_is_the_formula() -> None:
