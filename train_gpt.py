@@ -1152,16 +1152,16 @@ if triton is not None:
         factor = scale * LOG2_E
         acc, total = tl.zeros((M * R, K), tl.float32), tl.zeros((M * R,), tl.float32)
         for at in range(a, b, N):
-            p = tl.exp2(tl.dot(queries, k.load([at, group * K]).T) * factor - shift[:, None])
-            total += tl.sum(p, 1)
-            acc = tl.dot(p.to(kind), v.load([at, group * K]), acc)
+            p = tl.exp2(tl.dot(queries, k.load([at, group * K]).T) * factor - shift[:, None]).to(kind)
+            total += tl.sum(p.to(tl.float32), 1)  # of the weights as they multiply the values
+            acc = tl.dot(p, v.load([at, group * K]), acc)
         token = tile * M + row // R
         for step in range(low, high - (b - a), N):
             at = tl.where(step < a, step, step + (b - a))
             p = tl.exp2(tl.dot(queries, k.load([at, group * K]).T) * factor - shift[:, None])
-            p = tl.where(seen(first_ptr, last_ptr, token, T, at + tl.arange(0, N)), p, 0.0)
-            total += tl.sum(p, 1)
-            acc = tl.dot(p.to(kind), v.load([at, group * K]), acc)
+            p = tl.where(seen(first_ptr, last_ptr, token, T, at + tl.arange(0, N)), p, 0.0).to(kind)
+            total += tl.sum(p.to(tl.float32), 1)
+            acc = tl.dot(p, v.load([at, group * K]), acc)
         total = tl.maximum(total, 1e-37)
         tl.store(lse_ptr + base + row, shift + tl.log2(total), mask=token < T)
         at = (base + row)[:, None].to(tl.int64) * K + tl.arange(0, K)[None, :]
