@@ -1030,6 +1030,17 @@ def whole_rows(tokens: Tensor, past: int = 0) -> Docs:
     return Docs(edges * t, t, edges * (past + t) if past else None, past + t)
 
 
+class RawHeads(NamedTuple):
+    """The merged projection (..., W) of which queries and keys were made, how, and room for its gradient."""
+
+    merged: Tensor
+    d_merged: Tensor  # the values' columns already hold what exclude_own_value adds to them
+    rstd: Tensor  # (N, H + G) in float32: 1 / rms of each query and key head
+    gain: Tensor  # (H,)
+    rope: tuple[Tensor, Tensor]
+    layer: Layer
+
+
 class PackedAttention:
     """A kind of packed attention as a differentiable function and, for fused blocks, as its two passes.
 
@@ -1061,6 +1072,13 @@ class PackedAttention:
         leaves, graph = state
         dq, dk, dv = torch.autograd.grad(graph, leaves, grad.flatten(1, 2))
         return [dq.view_as(out), dk, dv]
+
+    def backward_raw(self, grad: Tensor, out: Tensor, delta: Tensor, state: Any, docs: Docs, raw: RawHeads) -> Tensor:
+        """`backward` on through rotation and norm: fills the columns of raw.d_merged; -> gradient of the gain."""
+        dq, dk, dv = self.backward(grad, out, delta, state, docs)
+        b, t = raw.merged.shape[:2]  # the chunk's own keys and values are the last of each row
+        dk, dv = (x.unflatten(0, (b, -1))[:, -t:].flatten(0, 1) for x in (dk, dv))
+        return prepare_backward(raw, dq, dk, dv)
 
 
 class FlashAttention4(PackedAttention):
@@ -1134,6 +1152,27 @@ if triton is not None:
         return (key[None, :] >= first) & (key[None, :] <= last)
 
     @triton.jit
+    def rotation(cos_ptr, sin_ptr, position, live, K: tl.constexpr, HALF: tl.constexpr):
+        """Cosines and sines (N, K / 2 HALF, HALF) of the pairs of columns HALF apart: 1 and 0 but for the first."""
+        pair, c = tl.arange(0, K // (2 * HALF))[None, :, None], tl.arange(0, HALF)[None, None, :]
+        at, turned = position[:, None, None] * HALF + c, live[:, None, None] & (pair == 0)
+        cos = tl.load(cos_ptr + at + 0 * pair, mask=turned, other=1.0).to(tl.float32)
+        return cos, tl.load(sin_ptr + at + 0 * pair, mask=turned, other=0.0).to(tl.float32)
+
+    @triton.jit
+    def raw_gradient(g, x, factor, cos, sin, N: tl.constexpr, K: tl.constexpr, HALF: tl.constexpr):
+        """From gradients g (N, K) of normed and rotated rows x to those of the raw rows, and each row's g . x.
+
+        factor: gain / rms. The norm's gradient is the same on either side of the rotation, so that one rotation back is
+        all; a thread has both columns of a pair in its registers.
+        """
+        along = tl.sum(g * x, 1)
+        g = factor[:, None] * (g - x * (along / K)[:, None])
+        a, b = tl.split(tl.permute(tl.reshape(g, (N, K // (2 * HALF), 2, HALF)), (0, 1, 3, 2)))
+        turned = tl.permute(tl.join(a * cos - b * sin, b * cos + a * sin), (0, 1, 3, 2))
+        return tl.reshape(turned, (N, K)), along
+
+    @triton.jit
     def attention_kernel(  # noqa: PLR0913
         q, k, v, out_ptr, lse_ptr, first_ptr, last_ptr, tiles_ptr, T, scale,
         R: tl.constexpr, K: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
@@ -1169,10 +1208,15 @@ if triton is not None:
 
     @triton.jit
     def attention_query_kernel(  # noqa: PLR0913
-        q, k, v, grad, lse_ptr, delta_ptr, dq_ptr, first_ptr, last_ptr, tiles_ptr, T, scale,
-        R: tl.constexpr, K: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+        q, k, v, grad, lse_ptr, delta_ptr, dq_ptr, q_group, first_ptr, last_ptr, tiles_ptr, T, scale,
+        rstd_ptr, gain_ptr, cos_ptr, sin_ptr, dgain_ptr, length, TOKEN: tl.constexpr,
+        G: tl.constexpr, R: tl.constexpr, K: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+        HALF: tl.constexpr,
     ):  # fmt: skip  # noqa: PLR0913
-        """Gradient of the queries, by the tiles of the forward kernel."""
+        """Gradient of the queries, by the tiles of the forward kernel; of the raw ones and the gains, given a rotation.
+
+        dgain (tiles, H): sums of a program, the tokens' part of the gradient of each head's gain.
+        """
         tile, group = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)
         low, high, a, b = tile_span(tiles_ptr, tile)
         row, base = tl.arange(0, M * R), (group * T + tile * M) * R
@@ -1195,15 +1239,31 @@ if triton is not None:
             mask = seen(first_ptr, last_ptr, token, T, at + tl.arange(0, N))
             ds = tl.where(mask, tl.exp2(s * factor - lse) * (dp - delta), 0.0)
             acc = tl.dot(ds.to(kind), keys, acc)
-        at = (base + row)[:, None].to(tl.int64) * K + tl.arange(0, K)[None, :]
-        tl.store(dq_ptr + at, (acc * scale).to(kind), mask=(token < T)[:, None])
+        acc *= scale
+        head, live = group * R + row % R, token < T
+        if cos_ptr is not None:
+            rstd = tl.load(rstd_ptr + token * (G * R + G) + head, mask=live, other=0.0)
+            cos, sin = rotation(cos_ptr, sin_ptr, token % length, live, K, HALF)
+            gain = tl.load(gain_ptr + head).to(tl.float32)
+            x = queries.to(tl.float32) * tl.where(gain == 0.0, 0.0, 1.0 / gain)[:, None]
+            acc, along = raw_gradient(acc, x, rstd * gain, cos, sin, M * R, K, HALF)
+            j = tl.arange(0, R)
+            of_head = live[:, None] & (row[:, None] % R == j[None, :])
+            tl.store(dgain_ptr + tile * G * R + group * R + j, tl.sum(tl.where(of_head, along[:, None], 0.0), 0))
+        at = (token.to(tl.int64) * TOKEN + group * q_group + row % R * K)[:, None] + tl.arange(0, K)[None, :]
+        tl.store(dq_ptr + at, acc.to(kind), mask=live[:, None])
 
     @triton.jit
     def attention_key_kernel(  # noqa: PLR0913
         q, k, v, grad, lse_ptr, delta_ptr, dk_ptr, dv_ptr, first_ptr, last_ptr, tiles_ptr, T, S, scale,
+        rstd_ptr, cos_ptr, sin_ptr, length, TOKEN: tl.constexpr, ADD_VALUES: tl.constexpr,
         G: tl.constexpr, R: tl.constexpr, K: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+        HALF: tl.constexpr,
     ):  # fmt: skip  # noqa: PLR0913
-        """Gradients of N keys and values, from all heads of their group; all products transposed: keys are rows."""
+        """Gradients of N keys and values, from all heads of their group; all products transposed: keys are rows.
+
+        Given a rotation, of the raw keys. ADD_VALUES: to what stands where the gradient of the values goes.
+        """
         tile, group = tl.program_id(0), tl.program_id(1)
         low, high, a, b = tile_span(tiles_ptr, tile)
         row, key = tl.arange(0, M * R), tile * N + tl.arange(0, N)
@@ -1230,9 +1290,19 @@ if triton is not None:
             dp = tl.dot(values, g.T)
             dv = tl.dot(p.to(kind), g, dv)
             dk = tl.dot((p * (dp - delta[None, :])).to(kind), queries, dk)
-        at = key[:, None].to(tl.int64) * (G * K) + group * K + tl.arange(0, K)[None, :]
-        tl.store(dk_ptr + at, (dk * scale).to(kind), mask=(key < S)[:, None])
-        tl.store(dv_ptr + at, dv.to(kind), mask=(key < S)[:, None])
+        live = key < S
+        at = (key.to(tl.int64) * TOKEN + group * K)[:, None] + tl.arange(0, K)[None, :]
+        dk *= scale
+        if cos_ptr is not None:
+            rstd = tl.load(rstd_ptr + key * (G * R + G) + G * R + group, mask=live, other=0.0)
+            cos, sin = rotation(cos_ptr, sin_ptr, key % length, live, K, HALF)
+        if ADD_VALUES:
+            dv += tl.load(dv_ptr + at, mask=live[:, None], other=0.0).to(tl.float32)
+        tl.store(dv_ptr + at, dv.to(kind), mask=live[:, None])
+        if cos_ptr is not None:
+            x = k.load([tile * N, group * K]).to(tl.float32)
+            dk, _ = raw_gradient(dk, x, rstd, cos, sin, N, K, HALF)
+        tl.store(dk_ptr + at, dk.to(kind), mask=live[:, None])
 
 
 class TritonAttention(PackedAttention):
@@ -1286,19 +1356,45 @@ class TritonAttention(PackedAttention):
         return out, (q, k, v, lse)
 
     def backward(self, grad: Tensor, out: Tensor, delta: Tensor, state: Any, docs: Docs) -> list[Tensor]:
-        (*qkv, lse), (t, g, r, size), s, n_keys = state, grad.shape, docs.spans, len(state[1])
+        (t, g, r, size), n_keys = grad.shape, len(state[1])
+        grads = self.empty(grad, t, g, r, size), *(grad.new_empty(n_keys, g, size) for _ in range(2))
+        self.launch(grad, delta, state, docs.spans, grads)
+        return list(grads)
+
+    def backward_raw(self, grad: Tensor, out: Tensor, delta: Tensor, state: Any, docs: Docs, raw: RawHeads) -> Tensor:
+        flat, layer = raw.d_merged.flatten(0, -2), raw.layer
+        half, earlier = raw.rope[0].size(-1), len(state[1]) != len(flat)
+        if earlier or half & (half - 1) or not half:  # keys of earlier chunks have no raw rows here
+            return super().backward_raw(grad, out, delta, state, docs, raw)
+        q, k, v = flat.tensor_split(layer.columns, 1)[:3]
+        grads = q.view(grad.shape), *(x.unflatten(1, (-1, layer.head_dim)) for x in (k, v))
+        d_gain = flat.new_empty(len(docs.spans.queries), layer.heads, dtype=torch.float32)  # no atomics
+        self.launch(grad, delta, state, docs.spans, grads, raw, d_gain)
+        return d_gain.sum(0).to(raw.gain.dtype)
+
+    def launch(  # noqa: PLR0913
+        self, grad: Tensor, delta: Tensor, state: Any, s: Spans, grads: Sequence[Tensor],
+        raw: RawHeads | None = None, d_gain: Tensor | None = None,
+    ) -> None:  # fmt: skip  # noqa: PLR0913
+        """Fills `grads`, those of q (T, G, R, K), k and v (S, G, K), or with `raw` of what these were made of."""
+        (*qkv, lse), (t, g, r, size), n_keys, (dq, dk, dv) = state, grad.shape, len(state[1]), grads
         (m, n, keys), scale = self.tile(grad.is_cuda, r), size**-0.5
-        dq, dk, dv = self.empty(grad, t, g, r, size), *(grad.new_empty(n_keys, g, size) for _ in range(2))
+        rstd = gain = cos = sin = None
+        length, half, add = 1, 0, False
+        if raw is not None:
+            rstd, gain, (cos, sin), add = raw.rstd, raw.gain, raw.rope, raw.layer.exclude_own_value
+            length, half = len(cos), cos.size(-1)
         attention_query_kernel[(len(s.queries), g)](
-            *self.operands(m, n, *qkv, grad), lse, delta, dq, s.first, s.last, s.queries, t, scale, r, size, m, n,
-            num_warps=4, num_stages=3,
+            *self.operands(m, n, *qkv, grad), lse, delta, dq, dq.stride(1), s.first, s.last, s.queries, t, scale,
+            rstd, gain, cos, sin, d_gain, length, dq.stride(0), g, r, size, m, n, half,
+            num_warps=4, num_stages=3, maxnreg=96,  # a fifth program per core
         )  # fmt: skip
         # 217 registers a thread leave room for two programs per core, 168 for a third.
         attention_key_kernel[(len(s.keys), g)](
-            *self.operands(m, keys, *qkv, grad), lse, delta, dk, dv, s.first, s.last, s.keys, t, n_keys, scale,
-            g, r, size, m, keys, num_warps=4, num_stages=2, maxnreg=168,
+            *self.operands(m, keys, *qkv, grad), lse, delta, dk, dv, s.first, s.last, s.keys, t, n_keys,
+            scale, rstd, cos, sin, length, dk.stride(0), add, g, r, size, m, keys, half,
+            num_warps=4, num_stages=2, maxnreg=168,
         )  # fmt: skip
-        return [dq, dk, dv]
 
 
 class PackedAttentionFunction(torch.autograd.Function):
@@ -1521,6 +1617,13 @@ def merge_skip(x: Tensor, kept: Tensor, weight: Tensor, gate: Tensor | None) -> 
 if triton is not None:
 
     @triton.jit
+    def stream(ptr, at, inside):
+        """A tile in float32, 0 where there is no such stream."""
+        if ptr is None:
+            return 0.0
+        return tl.load(ptr + at, mask=inside, other=0.0).to(tl.float32)
+
+    @triton.jit
     def mix_norm_kernel(  # noqa: PLR0913
         x_ptr, x0_ptr, mix_ptr, u_ptr, n_ptr, rstd_ptr, scale, eps, M, D,
         ROWS: tl.constexpr, BLOCK: tl.constexpr,
@@ -1529,11 +1632,11 @@ if triton is not None:
         row, col = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK)
         inside = (row[:, None] < M) & (col[None, :] < D)
         at = row[:, None].to(tl.int64) * D + col[None, :]
-        u = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        u = stream(x_ptr, at, inside)
         if x0_ptr is not None:
             m0 = tl.load(mix_ptr + col, mask=col < D, other=0.0).to(tl.float32)
             m1 = tl.load(mix_ptr + D + col, mask=col < D, other=0.0).to(tl.float32)
-            u = m0[None, :] * u + m1[None, :] * tl.load(x0_ptr + at, mask=inside, other=0.0).to(tl.float32)
+            u = m0[None, :] * u + m1[None, :] * stream(x0_ptr, at, inside)
             u = u.to(n_ptr.dtype.element_ty).to(tl.float32)  # the norm is that of the sum as it is stored
         if u_ptr is not None:
             tl.store(u_ptr + at, u.to(u_ptr.dtype.element_ty), mask=inside)
@@ -1560,26 +1663,28 @@ if triton is not None:
             row = block * ROWS + tl.arange(0, ROWS)
             inside = (row[:, None] < M) & (col[None, :] < D)
             at = row[:, None].to(tl.int64) * D + col[None, :]
-            dn = tl.load(dn_ptr + at, mask=inside, other=0.0).to(tl.float32)
-            n = tl.load(n_ptr + at, mask=inside, other=0.0).to(tl.float32)
+            dn = stream(dn_ptr, at, inside)
             rstd = tl.load(rstd_ptr + row, mask=row < M, other=0.0)
+            kind = n_ptr.dtype.element_ty
+            if dmix_ptr is not None:
+                x, x0 = stream(x_ptr, at, inside), stream(x0_ptr, at, inside)
+                u = (m0[None, :] * x + m1[None, :] * x0).to(kind).to(tl.float32)
+                n = (u * rstd[:, None] * scale).to(kind).to(tl.float32)  # as forward made it: one stream less to read
+            else:
+                n = stream(n_ptr, at, inside)
             along = tl.sum(dn * n, 1) / (D * scale * scale)
-            du = rstd[:, None] * scale * (dn - n * along[:, None])
-            if g_ptr is not None:
-                du += tl.load(g_ptr + at, mask=inside, other=0.0).to(tl.float32)
+            du = rstd[:, None] * scale * (dn - n * along[:, None]) + stream(g_ptr, at, inside)
             dx = factor * du
             if dmix_ptr is not None:
-                sum0 += du * tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
-                sum1 += du * tl.load(x0_ptr + at, mask=inside, other=0.0).to(tl.float32)
+                sum0 += du * x
+                sum1 += du * x0
             if mix_ptr is not None:
                 dx = m0[None, :] * du
                 if dx0_ptr is not None:
-                    dx0 = m1[None, :] * du
-                    if g0_ptr is not None:
-                        dx0 += tl.load(g0_ptr + at, mask=inside, other=0.0).to(tl.float32)
+                    dx0 = m1[None, :] * du + stream(g0_ptr, at, inside)
                     tl.store(dx0_ptr + at, dx0.to(dx0_ptr.dtype.element_ty), mask=inside)
             if carry_ptr is not None:
-                carry = tl.load(carry_ptr + at, mask=inside, other=0.0).to(tl.float32)
+                carry = stream(carry_ptr, at, inside)
                 if keep_ptr is not None:
                     carry *= tl.load(keep_ptr).to(tl.float32)
                 dx += carry
@@ -1597,10 +1702,10 @@ if triton is not None:
         """`update_lanes`, elementwise: four streams in, two out."""
         at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
         inside = at < size
-        x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
-        lane = tl.load(lane_ptr + at, mask=inside, other=0.0).to(tl.float32)
-        a = tl.load(a_ptr + at, mask=inside, other=0.0).to(tl.float32)
-        b = tl.load(b_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        x = stream(x_ptr, at, inside)
+        lane = stream(lane_ptr, at, inside)
+        a = stream(a_ptr, at, inside)
+        b = stream(b_ptr, at, inside)
         keep0, keep1 = tl.load(keep_ptr).to(tl.float32), tl.load(keep_ptr + 1).to(tl.float32)
         a0, a1 = tl.load(post_ptr).to(tl.float32), tl.load(post_ptr + 1).to(tl.float32)
         b0, b1 = tl.load(post_ptr + 2).to(tl.float32), tl.load(post_ptr + 3).to(tl.float32)
@@ -1624,12 +1729,12 @@ if triton is not None:
         for block in range(tl.program_id(0), tl.cdiv(size, BLOCK), tl.num_programs(0)):
             at = block * BLOCK + tl.arange(0, BLOCK)
             inside = at < size
-            gx = tl.load(gx_ptr + at, mask=inside, other=0.0).to(tl.float32)
-            gl = tl.load(gl_ptr + at, mask=inside, other=0.0).to(tl.float32)
-            a = tl.load(a_ptr + at, mask=inside, other=0.0).to(tl.float32)
-            b = tl.load(b_ptr + at, mask=inside, other=0.0).to(tl.float32)
-            keep0 += gx * tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
-            keep1 += gl * tl.load(lane_ptr + at, mask=inside, other=0.0).to(tl.float32)
+            gx = stream(gx_ptr, at, inside)
+            gl = stream(gl_ptr, at, inside)
+            a = stream(a_ptr, at, inside)
+            b = stream(b_ptr, at, inside)
+            keep0 += gx * stream(x_ptr, at, inside)
+            keep1 += gl * stream(lane_ptr, at, inside)
             post00 += gx * a
             post01 += gl * a
             post10 += gx * b
@@ -1654,8 +1759,8 @@ if triton is not None:
         at = row[:, None].to(tl.int64) * D + col[None, :]
         weight = tl.load(weight_ptr + col, mask=col < D, other=0.0).to(tl.float32)
         gate = tl.sigmoid(tl.load(gate_ptr + col, mask=col < D, other=0.0).to(tl.float32))
-        skip = weight[None, :] * tl.load(kept_ptr + at, mask=inside, other=0.0).to(tl.float32)
-        out = skip + gate[None, :] * (tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32) - skip)
+        skip = weight[None, :] * stream(kept_ptr, at, inside)
+        out = skip + gate[None, :] * (stream(x_ptr, at, inside) - skip)
         tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=inside)
 
     @triton.jit
@@ -1663,7 +1768,7 @@ if triton is not None:
         g_ptr, x_ptr, kept_ptr, weight_ptr, gate_ptr, dx_ptr, dkept_ptr, sums_ptr, M, D,
         ROWS: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip  # noqa: PLR0913
-        """dx, dkept, and per program the sums over rows of g kept and g x."""
+        """dx, dkept (in dx where x itself was kept), and per program the sums over rows of g kept and g x."""
         col = tl.arange(0, BLOCK)
         weight = tl.load(weight_ptr + col, mask=col < D, other=0.0).to(tl.float32)
         gate = tl.sigmoid(tl.load(gate_ptr + col, mask=col < D, other=0.0).to(tl.float32))
@@ -1672,12 +1777,15 @@ if triton is not None:
             row = block * ROWS + tl.arange(0, ROWS)
             inside = (row[:, None] < M) & (col[None, :] < D)
             at = row[:, None].to(tl.int64) * D + col[None, :]
-            g = tl.load(g_ptr + at, mask=inside, other=0.0).to(tl.float32)
-            sum_kept += g * tl.load(kept_ptr + at, mask=inside, other=0.0).to(tl.float32)
-            sum_x += g * tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
-            tl.store(dx_ptr + at, (gate[None, :] * g).to(dx_ptr.dtype.element_ty), mask=inside)
-            dkept = ((1 - gate) * weight)[None, :] * g
-            tl.store(dkept_ptr + at, dkept.to(dkept_ptr.dtype.element_ty), mask=inside)
+            g = stream(g_ptr, at, inside)
+            sum_kept += g * stream(kept_ptr, at, inside)
+            sum_x += g * stream(x_ptr, at, inside)
+            dx, dkept = gate[None, :] * g, ((1 - gate) * weight)[None, :] * g
+            if dkept_ptr is None:
+                dx += dkept
+            else:
+                tl.store(dkept_ptr + at, dkept.to(dkept_ptr.dtype.element_ty), mask=inside)
+            tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=inside)
         out = sums_ptr + tl.program_id(0) * 2 * D + col
         tl.store(out, tl.sum(sum_kept, 0), mask=col < D)
         tl.store(out + D, tl.sum(sum_x, 0), mask=col < D)
@@ -1757,12 +1865,13 @@ class FusedMergeSkip(torch.autograd.Function):
         out, tile, rows = torch.empty_like(x), _row_tile(x.size(-1)), x.numel() // x.size(-1)
         merge_kernel[(triton.cdiv(rows, tile["ROWS"]),)](x, kept, weight, gate, out, rows, x.size(-1), **tile)
         ctx.save_for_backward(x, kept, weight, gate)
+        ctx.same = x is kept  # the innermost skip
         return out
 
     @staticmethod
     def backward(ctx, grad):
         x, kept, weight, gate = ctx.saved_tensors
-        d, dx, dkept = x.size(-1), torch.empty_like(x), torch.empty_like(x)
+        d, dx, dkept = x.size(-1), torch.empty_like(x), None if ctx.same else torch.empty_like(x)
         rows = x.numel() // d
         programs = min(_walkers(x), rows)
         sums = x.new_empty(programs, 2, d, dtype=torch.float32)
@@ -1819,7 +1928,7 @@ if triton is not None:
 
     @triton.jit
     def prepare_kernel(  # noqa: PLR0913
-        qkv_ptr, gain_ptr, cos_ptr, sin_ptr, q_ptr, k_ptr, n_rows, length, q_token, q_group,
+        qkv_ptr, gain_ptr, cos_ptr, sin_ptr, q_ptr, k_ptr, rstd_ptr, n_rows, length, q_token, q_group,
         STRIDE: tl.constexpr, H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, HALF: tl.constexpr,
         EPS: tl.constexpr, COLS: tl.constexpr, ROWS: tl.constexpr,
     ):  # fmt: skip
@@ -1837,6 +1946,7 @@ if triton is not None:
         x = tl.load(raw[:, None] + c[None, :], mask=mask, other=0.0).to(tl.float32)
         other = tl.load(raw[:, None] + partner[None, :], mask=turned, other=0.0).to(tl.float32)
         scale = tl.rsqrt(tl.sum(x * x, 1) / K + EPS)
+        tl.store(rstd_ptr + row, scale, mask=real)
         scale *= tl.load(gain_ptr + head, mask=real & (head < H), other=1.0).to(tl.float32)
         out = (x * cos + other * sin) * scale[:, None]
         to_query = q_ptr + token * q_token + head // (H // G) * q_group + head % (H // G) * K
@@ -1992,29 +2102,28 @@ def head_columns(merged: Tensor, layer: Layer) -> tuple[Tensor, Tensor | None]:
 
 def prepare_forward(
     merged: Tensor, gain: Tensor, rope: tuple[Tensor, Tensor], layer: Layer, attention: PackedAttention
-) -> tuple[Tensor, Tensor]:
-    """-> queries (N, G, R, K), normed, rotated and scaled, and keys (N, G, K), normed and rotated."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """-> queries (N, G, R, K), normed, rotated and scaled, keys (N, G, K), normed and rotated, and `RawHeads.rstd`."""
     flat, (cos, sin) = merged.flatten(0, -2), rope
     n, h, g, k = len(flat), layer.heads, layer.kv_heads, layer.head_dim
     queries, keys = attention.empty(flat, n, g, h // g, k), flat.new_empty(n, g, k)
+    rstd = flat.new_empty(n, h + g, dtype=torch.float32)
     prepare_kernel[(triton.cdiv(n * (h + g), HEAD_ROWS),)](
-        flat, gain, cos, sin, queries, keys, n * (h + g), len(cos), *queries.stride()[:2], flat.stride(0), h, g, k,
-        cos.size(-1), RMS_EPS, triton.next_power_of_2(k), HEAD_ROWS, num_warps=HEAD_WARPS,
+        flat, gain, cos, sin, queries, keys, rstd, n * (h + g), len(cos), *queries.stride()[:2], flat.stride(0), h, g,
+        k, cos.size(-1), RMS_EPS, triton.next_power_of_2(k), HEAD_ROWS, num_warps=HEAD_WARPS,
     )  # fmt: skip
-    return queries, keys
+    return queries, keys, rstd
 
 
-def prepare_backward(  # noqa: PLR0913
-    merged: Tensor, d_merged: Tensor, grads: Sequence[Tensor], gain: Tensor, rope: tuple[Tensor, Tensor], layer: Layer
-) -> Tensor:  # noqa: PLR0913
+def prepare_backward(raw: RawHeads, dq: Tensor, dk: Tensor, dv: Tensor) -> Tensor:
     """Writes the query and key columns of d_merged (..., W), adds dv to its value columns; -> gradient of the gain."""
-    flat, d_flat, (cos, sin) = merged.flatten(0, -2), d_merged.flatten(0, -2), rope
+    flat, d_flat, (cos, sin) = raw.merged.flatten(0, -2), raw.d_merged.flatten(0, -2), raw.rope
+    layer, gain, rows = raw.layer, raw.gain, HEAD_ROWS // 2
     n, h, g, k = len(flat), layer.heads, layer.kv_heads, layer.head_dim
-    (dq, *d_rest), rows = grads, HEAD_ROWS // 2
     programs = triton.cdiv(n * (h + 2 * g), rows)
     partial = flat.new_empty(programs, h, dtype=torch.float32)  # no atomics: the same sum every time
     prepare_backward_kernel[(programs,)](
-        flat, gain, cos, sin, dq, *(t.contiguous() for t in d_rest), d_flat, partial, n * (h + 2 * g), len(cos),
+        flat, gain, cos, sin, dq, dk.contiguous(), dv.contiguous(), d_flat, partial, n * (h + 2 * g), len(cos),
         *dq.stride()[:2], flat.stride(0), d_flat.stride(0), h, g, k, cos.size(-1), RMS_EPS, layer.exclude_own_value,
         triton.next_power_of_2(k), triton.next_power_of_2(h), rows, num_warps=HEAD_WARPS,
     )  # fmt: skip
@@ -2092,7 +2201,7 @@ if triton is not None:
         inside = (row[:, None] < M) & (col[None, :] < D)
         at = row[:, None].to(tl.int64) * D + col[None, :]
         factor = tl.load(factor_ptr + row, mask=row < M, other=0.0)[:, None]
-        x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32) * factor
+        x = stream(x_ptr, at, inside) * factor
         tl.store(out_ptr + at, x.to(out_ptr.dtype.element_ty), mask=inside)
 
 
@@ -2625,14 +2734,14 @@ def feed(n: Tensor, w: LayerWeights, layer: Layer, deltas: Deltas, tap: Tap | No
 
 def serial_block(
     x: Tensor, x0: Tensor, w: LayerWeights, layer: Layer, ctx: Context, deltas: Deltas, tap: Tap | None
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Attention, then MLP, on one residual stream; the mix with the embedding x0 becomes the stream.
 
-    x0 comes back as it is: on that way a fused block adds its gradient to that of the later visits.
+    x and x0 come back as they are: on that way a fused block adds its gradients to those of their later readers.
     """
-    x = mix(x, x0, w.mix)
-    x = x + attend(rms(x) * layer.depth_scale, w, layer, ctx, deltas, tap)
-    return x + feed(rms(x) * layer.depth_scale, w, layer, deltas, tap), x0
+    u = mix(x, x0, w.mix)
+    u = u + attend(rms(u) * layer.depth_scale, w, layer, ctx, deltas, tap)
+    return u + feed(rms(u) * layer.depth_scale, w, layer, deltas, tap), x, x0
 
 
 def two_lane_block(
@@ -2690,7 +2799,7 @@ def _attend_forward(
     u, n, rstd = mix_norm_forward(x, x0, w.mix, layer.depth_scale, keep_sum=residual)
     merged = F.linear(n, w.qkv)
     zs = [_low_rank_forward(p, n, d) for p, d in zip(*_low_rank_targets(merged, deltas, layer), strict=True)]
-    q, k = prepare_forward(merged, w.q_gain, ctx.rope, layer, ctx.attention)
+    q, k, heads_rstd = prepare_forward(merged, w.q_gain, ctx.rope, layer, ctx.attention)
     v, _ = head_columns(merged, layer)
     if ctx.past:
         k, v = (t.flatten(0, 1) for t in ctx.past.extend(*(t.view(*x.shape[:2], *t.shape[1:]) for t in (k, v))))
@@ -2698,7 +2807,7 @@ def _attend_forward(
     y = gate_forward(out, merged, layer)
     a = F.linear(y, w.wo) if u is None else u.flatten(0, -2).addmm_(y.flatten(0, -2), w.wo.t()).view_as(x)
     zs.append(_low_rank_forward(a, n, deltas.attn_bypass))
-    return a, [n, rstd, merged, out, y if train else None, *zs], state
+    return a, [n, rstd, merged, heads_rstd, out, y if train else None, *zs], state
 
 
 def _attend_backward(
@@ -2706,13 +2815,11 @@ def _attend_backward(
     train_weights: bool,
 ) -> tuple[Tensor, dict[str, Tensor], Deltas]:  # fmt: skip
     """-> gradient of n, of the weights by name, of the deltas of attention."""
-    (layer, ctx), (n, _, merged, out, y, *zs) = call, saved
+    (layer, ctx), (n, _, merged, heads_rstd, out, y, *zs) = call, saved
     d_merged = torch.empty_like(merged)
     d_out, delta = gate_backward(grad @ w.wo, out, merged, d_merged, layer)
-    dq, *d_rest = ctx.attention.backward(d_out, out, delta, state, ctx.docs)
-    if ctx.past:  # the chunk's own keys and values are the last of each row
-        d_rest = (t.unflatten(0, (len(n), -1))[:, -n.size(1) :].flatten(0, 1) for t in d_rest)
-    d_gain = prepare_backward(merged, d_merged, (dq, *d_rest), w.q_gain, ctx.rope, layer)
+    raw = RawHeads(merged, d_merged, heads_rstd, w.q_gain, ctx.rope, layer)
+    d_gain = ctx.attention.backward_raw(d_out, out, delta, state, ctx.docs, raw)
     dn = d_merged @ w.qkv
     parts, pairs = _low_rank_targets(d_merged, deltas, layer)
     rows = zip((*parts, grad), zs, (*pairs, deltas.attn_bypass), strict=True)
@@ -2768,7 +2875,7 @@ def _flatten_gradients(grads: Mapping[str, Tensor], deltas: Deltas) -> list[Tens
     return _flatten((grads.get(name) for name in LayerWeights._fields), deltas)
 
 
-N_ATTEND, N_FEED = 10, 5  # tensors that the two halves save
+N_ATTEND, N_FEED = 11, 5  # tensors that the two halves save
 
 
 def _trains(needs_gradient: Sequence[bool]) -> bool:
@@ -2788,10 +2895,10 @@ class FusedSerial(torch.autograd.Function):
         out, feed_saved = _feed_forward(u, w, call, deltas, True, ctx.train)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, x0, *attend_saved, *feed_saved, *tensors)
-        return out, x0
+        return out, x, x0
 
     @staticmethod
-    def backward(ctx, grad, g0):
+    def backward(ctx, grad, gx, g0):
         x, x0, *saved = ctx.saved_tensors
         w, deltas = _unflatten(saved[N_ATTEND + N_FEED :])
         attend_saved, feed_saved = saved[:N_ATTEND], saved[N_ATTEND:][:N_FEED]
@@ -2801,7 +2908,7 @@ class FusedSerial(torch.autograd.Function):
         du, _, _ = mix_norm_backward(dn, *feed_saved[:2], scale, NormGradients(carry=grad))
         dn, more, d_attend = _attend_backward(du, attend_saved, ctx.state, w, ctx.call, deltas, train)
         dx, dx0, d_mix = mix_norm_backward(
-            dn, *attend_saved[:2], scale, NormGradients(g=du, g0=g0), w.mix,
+            dn, *attend_saved[:2], scale, NormGradients(g=du, carry=gx, g0=g0), w.mix,
             inputs=(x, x0) if train else None, want=want,
         )  # fmt: skip
         grads |= more | dict(mix=d_mix)
@@ -2843,7 +2950,7 @@ class FusedTwoLane(torch.autograd.Function):
 
 def serial_block_fused(
     x: Tensor, x0: Tensor, w: LayerWeights, layer: Layer, ctx: Context, deltas: Deltas, tap: Tap | None
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """`serial_block` by `FusedSerial`, which has neither taps nor echoes."""
     if tap is not None or ctx.echo is not None:
         return serial_block(x, x0, w, layer, ctx, deltas, tap)
@@ -2863,7 +2970,7 @@ class Kernels(NamedTuple):
     """The functions that a device runs: a row is a specification unless the chooser says otherwise."""
 
     attention: PackedAttention = ATTENTION_KINDS["sdpa"]
-    serial: Callable[..., tuple[Tensor, Tensor]] = serial_block
+    serial: Callable[..., tuple[Tensor, Tensor, Tensor]] = serial_block
     two_lane: Callable[..., tuple[Tensor, Tensor, Tensor]] = two_lane_block
     merge: Callable[..., Tensor] = merge_skip
     mean_norm: Callable[..., Tensor] = mean_norm
@@ -3096,17 +3203,25 @@ class GPT(nn.Module):
             if visit.two_lane:
                 x, lane, x0 = kernels.two_lane(x, lane, x0, *args, peek)
             else:
-                before = x
-                for switch in self.switches:
-                    x = switch.enter(self, visit, x)
-                x, x0 = kernels.serial(x, x0, *args, peek)
-                for switch in self.switches:
-                    x = switch.leave(self, visit, before, x)
+                x, x0 = self.serial(visit, x, x0, kept, *args, peek)
             if visit.save_skip:
                 kept.append(x)
         if lane is not None and cfg.parallel_final_lane != "mean":
             x, lane = {"attn": x, "mlp": lane}[cfg.parallel_final_lane], None
         return kernels.mean_norm(x, lane)
+
+    def serial(self, visit: Visit, x: Tensor, x0: Tensor, kept: list[Tensor], *args: Any) -> tuple[Tensor, Tensor]:
+        """A visit on one stream, with what switches do before and after it."""
+        before = x
+        for switch in self.switches:
+            x = switch.enter(self, visit, x)
+        entered = x
+        x, same, x0 = self.kernels.serial(x, x0, *args)
+        if kept and kept[-1] is entered:  # by way of the block, which adds up the gradients of both readers
+            kept[-1] = same
+        for switch in self.switches:
+            x = switch.leave(self, visit, before, x)
+        return x, x0
 
     def scaled(self, deltas: Deltas, layer: int) -> Deltas:
         """The deltas as they act on the layer's matrices of `layers`: bypasses with the scales that those carry."""

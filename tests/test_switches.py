@@ -109,10 +109,10 @@ def test_alpha_of_zero_skips_the_repeated_visits(form: str) -> None:
     serial = other.kernels.serial
     calls: list[int] = []
 
-    def once(x: Tensor, x0: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    def once(x: Tensor, x0: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
         calls.append(len(calls))
         visit = other.plan[calls[-1]]
-        return (x, x0) if visit.again else serial(x, x0, *args)
+        return (x, x, x0) if visit.again else serial(x, x0, *args)
 
     other.switches, other.kernels = [], other.kernels._replace(serial=once)
     assert torch.allclose(other(tokens, docs=docs), want, atol=1e-6)
