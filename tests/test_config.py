@@ -5,9 +5,10 @@ from __future__ import annotations
 import ast
 import sys
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
-from support import ROOT, tiny_config
+from support import ROOT, LoneRun, tiny_config
 
 import train_gpt
 from train_gpt import RETIRED, Config, ConfigError, load_config
@@ -180,6 +181,10 @@ REFUSED = [
     ({"WD_TAPER_START_FRAC": 1}, "WD_TAPER_START_FRAC"),
     ({"WD_TAPER_FINAL_MULT": -0.1}, "WD_TAPER_FINAL_MULT"),
     ({"MUON_GRAD_POWER": 0}, "MUON_GRAD_POWER"),
+    ({"FP8_FORWARD": 1, "KERNELS": "spec"}, "fused kernels"),
+    ({"FP8_FORWARD": 1, "DEVICE": "cpu"}, "needs a GPU"),
+    ({"FP8_FORWARD": 1, "COMPUTE_DTYPE": "float32"}, "COMPUTE_DTYPE"),
+    ({"FP8_FORWARD": 1, "MODEL_DIM": 520}, "divisible by 16"),
     ({"LORA_PLUS_RATIO": -1}, "LORA_PLUS_RATIO"),
     ({"TTT_LORA_LAYER_LR_ALPHA": -2}, "TTT_LORA_LAYER_LR_ALPHA"),
     ({"TTT_LORA_ALPHA": -1}, "TTT_LORA_ALPHA"),
@@ -197,6 +202,13 @@ REFUSED = [
 def test_combinations_that_cannot_work_are_refused(env: dict[str, object], word: str) -> None:
     (line,) = problems(**env)
     assert word in line
+
+
+def test_8_bits_are_refused_where_the_machine_lacks_them(tmp_path: Path) -> None:
+    run = LoneRun(tmp_path)
+    assert not [p for p in train_gpt.environment_problems(tiny_config(), run) if "FP8" in p]
+    (line,) = (p for p in train_gpt.environment_problems(tiny_config(fp8_forward=True), run) if "FP8" in p)
+    assert "Hopper" in line
 
 
 @pytest.mark.parametrize("text", ["nan", "inf", "-inf"])

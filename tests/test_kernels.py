@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+import importlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 import torch
-from support import documents, packed, relative_error, tiny_config, tiny_model
+from support import LoneRun, documents, packed, relative_error, tiny_config, tiny_model
 from torch import Tensor
 
 import train_gpt
@@ -16,6 +18,9 @@ from train_gpt import ATTENTION_KINDS, FUSED, GPT, SPEC, Docs, attention_sdpa, c
 gpu = pytest.mark.gpu
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 needs_triton = pytest.mark.skipif(train_gpt.triton is None, reason="needs triton")
+needs_hopper = pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] < 9, reason="needs a Hopper GPU"
+)
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the kernel itself is tested")
 
 ODD_SIZES = [(1, 8, 8), (33, 40, 72), (64, 32, 128), (5, 130, 17), (300, 24, 70)]  # M, D, F: beside and on the tiles
@@ -186,6 +191,99 @@ def test_mlp_products(size: tuple[int, int, int]) -> None:
         assert relative_error(a.cpu(), c.cpu()) <= 2 * relative_error(b.cpu(), c.cpu()) + 1e-6, name
 
 
+# ---- 8 bits ----------------------------------------------------------------------------------------------------------
+@pytest.fixture
+def rounded_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton's interpreter loses the carry where a number rounds up to a power of two: 31.9 becomes 16 in 8 bits."""
+    interpreter = importlib.import_module("triton.runtime.interpreter")
+    theirs = interpreter._convert_float
+
+    def convert(x: Any, given: Any, wanted: Any, mode: Any) -> Any:
+        if wanted != train_gpt.tl.float8e4nv:
+            return theirs(x, given, wanted, mode)
+        return torch.from_numpy(x).to(train_gpt.FLOAT8).view(torch.uint8).numpy()
+
+    monkeypatch.setattr(interpreter, "_convert_float", convert)
+
+
+right_rounding = pytest.mark.usefixtures("rounded_as_on_a_gpu")
+
+
+def float8_inputs(m: int, d: int, f: int, dtype: torch.dtype, device: str = "cpu") -> list[Any]:
+    """A stream and its norm in 8 bits, scaled as in a third layer, and a matrix in both forms."""
+    x, up, _ = mlp_inputs(m, d, f, dtype, device)
+    n8, scale = torch.empty_like(x, dtype=train_gpt.FLOAT8), 3**-0.5
+    _, n, _ = train_gpt.mix_norm_forward(x, None, None, scale, False, n8)
+    return [n, n8, up, *train_gpt.float8_of([up])]
+
+
+@needs_triton
+@interpreted
+@right_rounding
+@dtypes
+@pytest.mark.parametrize("d", [16, 80, 512])
+def test_interpreted_norm_in_8_bits(d: int, dtype: torch.dtype, tolerance: float) -> None:
+    """Three bits behind the point: half a unit is 1/16 of the least number with this exponent."""
+    n, n8, *_ = float8_inputs(37, d, 32, dtype)
+    assert torch.equal(n, train_gpt.mix_norm_forward(mlp_inputs(37, d, 32, dtype)[0], None, None, 3**-0.5, False)[1])
+    exact, kept = n.float(), n8.float() / train_gpt.float8_factor(d)
+    assert ((kept - exact).abs() <= (1 / 16 + tolerance) * exact.abs() + 2**-10 / train_gpt.float8_factor(d)).all()
+    assert relative_error(kept, exact) < 0.03
+
+
+@pytest.mark.parametrize("d", [16, 32, 96, 256, 512, 768, 4096])
+def test_a_normed_row_always_fits_into_8_bits(d: int) -> None:
+    """The worst row has one number only."""
+    most = train_gpt.float8_factor(d) * train_gpt.rms(1e3 * torch.eye(d)).max().item()
+    assert train_gpt.FLOAT8_MAX / 2 - 1 < most <= train_gpt.FLOAT8_MAX
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_matrices_in_8_bits(dtype: torch.dtype) -> None:
+    matrices = [(s * torch.randn(24, 32)).to(dtype) for s in (1.0, 1e-4, 0.0)]
+    for matrix, (codes, scale, one) in zip(matrices, train_gpt.float8_of(matrices), strict=True):
+        kept = train_gpt.float8_factor(32) * scale * codes.float()
+        assert codes.shape == (32, 32) and not codes[24:].float().any()
+        assert torch.isfinite(kept).all() and one == 1
+        assert codes.float().abs().max() == (train_gpt.FLOAT8_MAX if matrix.any() else 0)
+        assert (kept[:24] - matrix).norm() <= 0.03 * matrix.norm()
+
+
+@needs_triton
+@interpreted
+@right_rounding
+@pytest.mark.parametrize("size", [(1, 16, 8), (33, 48, 72), (64, 32, 128), (300, 24, 70)], ids=str)
+def test_interpreted_products_in_8_bits(size: tuple[int, int, int]) -> None:
+    """Those of the numbers that the 8 bits stand for; rows of 24 bytes go by address."""
+    n, n8, up, w = float8_inputs(*size, torch.float32)
+    codes = w.codes[: len(up)]
+    want = w.scale * n8.float() @ codes.float().T
+    for f in (None, train_gpt.Xielu(0.8, 0.5, 0.2, 0.4)):
+        pre, act = train_gpt.up_leaky(n8, codes, f, w.scale, n.dtype)
+        assert pre.dtype == act.dtype == n.dtype
+        assert relative_error(pre, want) < 1e-5
+        assert relative_error(act, (f or train_gpt.leaky_square)(want)) < 1e-5
+    assert relative_error(want, n @ up.T) < 0.06
+    if size[1] % 16 == 0:
+        merged = train_gpt.float8_product(n8[None], w, len(up), n.dtype)
+        assert merged.shape == (1, *want.shape) and merged.stride(1) % 16 == 0
+        assert relative_error(merged[0], want) < 1e-5
+
+
+@gpu
+@needs_hopper
+@needs_triton
+@pytest.mark.parametrize("size", [(129, 64, 128), (1000, 512, 1032), (4096, 512, 2048)], ids=str)
+def test_products_in_8_bits(size: tuple[int, int, int]) -> None:
+    n, n8, up, w = float8_inputs(*size, torch.bfloat16, "cuda")
+    want = w.scale * n8.float() @ w.codes[: len(up)].float().T
+    pre, act = train_gpt.up_leaky(n8, w.codes[: len(up)], None, w.scale, n.dtype)
+    merged = train_gpt.float8_product(n8, w, len(up), n.dtype)
+    for ours, exact in ((pre, want), (act, train_gpt.leaky_square(want)), (merged, want)):
+        assert relative_error(ours.cpu(), exact.cpu()) < 0.01
+    assert relative_error(n8.cpu().float() / train_gpt.float8_factor(size[1]), n.cpu()) < 0.03
+
+
 # ---- fused blocks in a model -----------------------------------------------------------------------------------------
 MODELS: dict[str, dict[str, Any]] = {
     "record": {},
@@ -288,6 +386,62 @@ def test_interpreted_scoring_needs_no_gradients() -> None:
     with torch.no_grad():
         plain, fused = (m(tokens, tokens.roll(-1, 1), docs=docs, reduction="none") for m in plain_and_fused({}))
     assert torch.allclose(plain, fused, atol=1e-5)
+
+
+def in_8_bits(model: GPT) -> GPT:
+    """The same weights in a model with FP8_FORWARD=1."""
+    other = GPT(dataclasses.replace(model.cfg, fp8_forward=True), model.kernels, model.dtype)
+    other.load_state_dict(model.state_dict())
+    other.looped = model.looped
+    return other
+
+
+def rounded_matmul(x: Tensor, weight: Tensor, site: str, tap: Any) -> Tensor:
+    """The specification's `matmul`, its wide products as 8 bits round them; gradients as if they did not."""
+    exact = x @ weight.T
+    if site not in ("attn_in", "mlp_in"):
+        return exact
+    (w,), factor = train_gpt.float8_of([weight]), train_gpt.float8_factor(x.size(-1))
+    rounded = w.scale * (factor * x).to(train_gpt.FLOAT8).float() @ w.codes[: len(weight)].float().T
+    return exact + (rounded - exact).detach()
+
+
+@needs_triton
+@interpreted
+@right_rounding
+@pytest.mark.parametrize("name", ["record", "no head gates", "narrow gates, smear", "serial", "xielu"])
+def test_interpreted_training_in_8_bits(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Near the same loss and gradients, and those of a specification that rounds."""
+    tokens, docs = torch.from_numpy(documents((9, 7)).astype("int64"))[None], packed((9, 7))
+    plain, fused = plain_and_fused(MODELS[name])
+    losses, grads = [], []
+    for model in (plain, in_8_bits(fused), plain):
+        model.zero_grad()
+        loss = model(tokens, tokens.roll(-1, 1), docs=docs)
+        loss.backward()
+        losses.append(loss.item())
+        grads.append(torch.cat([p.grad.flatten().clone() for p in model.parameters() if p.grad is not None]))
+        monkeypatch.setattr(train_gpt, "matmul", rounded_matmul)
+    assert losses[1] == pytest.approx(losses[0], rel=0.01) and losses[1] != losses[0]
+    assert torch.cosine_similarity(grads[1], grads[0], dim=0) > 0.98
+    assert losses[1] == pytest.approx(losses[2], rel=1e-4)
+    assert relative_error(grads[1], grads[2]) < 1e-2  # a number between two codes may go either way
+
+
+@needs_triton
+@interpreted
+def test_interpreted_scores_and_test_time_training_have_no_8_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    fused = plain_and_fused({})[1]
+    tokens, other = torch.from_numpy(documents((8, 8)).astype("int64")).view(2, 8), in_8_bits(fused)
+    monkeypatch.setattr(train_gpt, "float8_of", lambda _: pytest.fail("called"))
+    with torch.no_grad():
+        assert torch.equal(fused(tokens), other(tokens))
+    assert torch.equal(fused(tokens), other.eval()(tokens))
+    adapters = train_gpt.Adapters(fused.cfg, 2, len(fused.plan))
+    adapters.requires_grad()
+    assert [train_gpt.new_model(fused.cfg, LoneRun(), new).training for new in (False, True)] == [False, True]
+    frozen = other.train().requires_grad_(False)
+    assert torch.equal(fused(tokens, adapters=adapters), frozen(tokens, adapters=adapters))
 
 
 def within_twice_the_error(
@@ -424,6 +578,22 @@ def test_chosen_model_is_the_specification(looped: bool) -> None:
     assert ours <= 2 * plain
 
 
+@gpu
+@needs_hopper
+@pytest.mark.slow
+@pytest.mark.parametrize("looped", [False, True], ids=["plain", "looped"])
+def test_training_in_8_bits_goes_the_same_way(looped: bool) -> None:
+    cuda, cfg = torch.device("cuda"), tiny_config(model_dim=256, rope_dims=16)
+    model = GPT(cfg, choose_kernels(cfg, cuda), torch.bfloat16)
+    model.load_state_dict(tiny_model(model_dim=256, rope_dims=16).state_dict())
+    model.looped = looped
+    results = [losses_and_gradients(m.place(cuda), (120, 33, 1, 102)) for m in (in_8_bits(model), model)]
+    (loss, ours), (want, theirs) = results
+    assert loss == pytest.approx(want, rel=0.01) and loss != want
+    ours, theirs = (torch.cat([g.flatten() for g in grads.values()]) for grads in (ours, theirs))
+    assert torch.cosine_similarity(ours, theirs, dim=0) > 0.99
+
+
 def kernels_built() -> int:
     """Compiled variants of all Triton kernels."""
     ours = [k for k in vars(train_gpt).values() if isinstance(k, train_gpt.triton.runtime.jit.JITFunction)]
@@ -433,9 +603,10 @@ def kernels_built() -> int:
 @gpu
 @needs_cuda
 @pytest.mark.slow
-def test_a_graph_does_what_its_micro_batch_does_and_builds_nothing_after_the_second() -> None:
+@pytest.mark.parametrize("in_8_bits", [False, pytest.param(True, marks=needs_hopper)], ids=["", "8 bits"])
+def test_a_graph_does_what_its_micro_batch_does_and_builds_nothing_after_the_second(in_8_bits: bool) -> None:
     """Two rows, then two with the loop on, of other documents each; gradients add up, and so do those after a reset."""
-    cfg, cuda = tiny_config(model_dim=256, rope_dims=16), torch.device("cuda")
+    cfg, cuda = tiny_config(model_dim=256, rope_dims=16, fp8_forward=in_8_bits), torch.device("cuda")
     models = [GPT(cfg, choose_kernels(cfg, cuda), torch.bfloat16).place(cuda) for _ in range(2)]
     models[1].load_state_dict(models[0].state_dict())
     works = [train_gpt.MicroBatch(models[0]), train_gpt.GraphedMicroBatch(models[1])]
