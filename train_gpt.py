@@ -1629,7 +1629,8 @@ def float8_of(matrices: Sequence[Tensor]) -> list[Float8]:
     bank = torch.stack(list(matrices))
     scales = torch.linalg.vector_norm(bank, math.inf, (1, 2), dtype=torch.float32).clamp_min(1e-20) / FLOAT8_MAX
     codes = F.pad((bank / scales[:, None, None]).to(FLOAT8), (0, 0, 0, -bank.size(1) % 16))
-    worth, one = scales / float8_factor(bank.size(2)), torch.ones_like(scales[0])
+    worth, one = F.pad((scales / float8_factor(bank.size(2)))[:, None], (0, 3)), torch.ones_like(scales[0])
+    worth = worth[:, 0]  # cuBLAS wants a scale at an address divisible by 16
     return [Float8(*row, one) for row in zip(codes, worth, strict=True)]
 
 
@@ -1675,8 +1676,10 @@ if triton is not None:
     def stream(ptr, at, inside):
         """A tile in float32, 0 where there is no such stream."""
         if ptr is None:
-            return 0.0
-        return tl.load(ptr + at, mask=inside, other=0.0).to(tl.float32)
+            tile = 0.0
+        else:
+            tile = tl.load(ptr + at, mask=inside, other=0.0).to(tl.float32)
+        return tile
 
     @triton.jit
     def mix_norm_kernel(  # noqa: PLR0913
