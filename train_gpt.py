@@ -65,7 +65,8 @@ import traceback
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import wait as wait_for
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -2270,6 +2271,9 @@ def packed_row(
     return sent_row(*host_row(tokens, piece, device.type == "cuda", edges), device)
 
 
+SLOW_DATA_SECONDS = 5.0  # of waiting for training data are worth a line
+
+
 class TrainLoader:
     """Packed micro-batches in stream order, the same text in step k for any number of ranks.
 
@@ -2281,14 +2285,20 @@ class TrainLoader:
 
     def __init__(self, cfg: Config, run: Run, start_step: int = 0):
         self.cfg, self.run = cfg, run
-        self.shards = [read_shard(p) for p in train_files(cfg) if usable_tokens(p) >= cfg.step_tokens]
+        self.files = [p for p in train_files(cfg) if usable_tokens(p) >= cfg.step_tokens]
+        self.shards = [read_shard(p) for p in self.files]
         self.spans = itertools.islice(self._step_starts(), start_step, None)
         # Batches are prepared two steps ahead: the training loop never waits for reading, packing and page-locking, but
         # only queues copies.
         self.pool = ThreadPoolExecutor(max_workers=1)
         if run.device.type == "cuda":  # a new thread is on GPU 0, and page-locking would make a context there
             self.pool.submit(torch.cuda.set_device, run.device).result()
-        self.ahead = [self.pool.submit(self._prepare, next(self.spans)) for _ in range(2)]
+        self.ahead = [self._order() for _ in range(2)]
+        self.waited, self.next_notice = 0.0, SLOW_DATA_SECONDS
+
+    def _order(self) -> tuple[Path, Future]:
+        span = next(self.spans)
+        return self.files[span[0]], self.pool.submit(self._prepare, span)
 
     def _step_starts(self) -> Iterator[tuple[int, int]]:
         need = self.cfg.step_tokens
@@ -2299,16 +2309,34 @@ class TrainLoader:
                     yield i, at
 
     def _prepare(self, span: tuple[int, int]) -> list[tuple[Tensor, Docs]]:
-        shard, at = self.shards[span[0]], span[1]
+        i, at = span
+        text = np.array(self.shards[i][at : at + self.cfg.step_tokens])  # all of the step: ranks see the same faults
+        if not IS_SUBMISSION and (most := int(text.max())) >= self.cfg.vocab_size:
+            fault = f"token {most}, outside VOCAB_SIZE={self.cfg.vocab_size}: it is damaged, copy it again"
+            raise Stop(f"{self.files[i]} holds {fault}")
         n, piece, pin = self.cfg.micro_batch_tokens, self.cfg.train_seq_len, self.run.device.type == "cuda"
         mine = range(self.run.rank, MICRO_STEPS, self.run.world)
-        return [host_row(np.asarray(shard[at + j * (n + 1) :][: n + 1]), piece, pin) for j in mine]
+        return [host_row(text[j * (n + 1) :][: n + 1], piece, pin) for j in mine]
 
     def next_step(self) -> Iterator[tuple[Tensor, Tensor, Docs]]:
         """This rank's micro-batches of the next optimizer step, on the device."""
-        rows = self.ahead.pop(0).result()
-        self.ahead.append(self.pool.submit(self._prepare, next(self.spans)))
-        return (sent_row(*r, self.run.device) for r in rows)
+        path, rows = self.ahead.pop(0)
+        if not IS_SUBMISSION:
+            self._wait(path, rows)
+        self.ahead.append(self._order())
+        return (sent_row(*r, self.run.device) for r in rows.result())
+
+    def _wait(self, path: Path, rows: Future) -> None:
+        """Says so when all waits together have taken some seconds, twice as many, ...: while it waits, too."""
+        began = time.monotonic() - self.waited
+        while not wait_for([rows], max(began + self.next_notice - time.monotonic(), 0)).done:
+            slow = f"waited {self.next_notice:.0f} s for training data so far, now for {path}: reading is too slow"
+            if self.run.main:
+                self.run.log(slow)
+            else:  # the others wait for this rank, and only it knows why
+                print(f"rank {self.run.rank}: {slow}", file=sys.stderr, flush=True)
+            self.next_notice *= 2
+        self.waited = time.monotonic() - began
 
     def close(self) -> None:
         self.pool.shutdown(cancel_futures=True)

@@ -9,11 +9,14 @@ import json
 import os
 import re
 import signal
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import stress_kill
 import torch
@@ -42,6 +45,17 @@ sys.exit(train_gpt.main())
 """
 KILL = "os.kill(os.getpid(), signal.SIGKILL)"
 
+# The same, with one rank whose shards lie on a slow file system.
+SLOW_READS = """
+import os, sys, time, train_gpt
+train_gpt.minify, prepare = lambda source: source, train_gpt.TrainLoader._prepare
+def slow(loader, span):
+    time.sleep(0.4 * (os.environ["RANK"] == "1"))
+    return prepare(loader, span)
+train_gpt.TrainLoader._prepare, train_gpt.SLOW_DATA_SECONDS = slow, 0.2
+sys.exit(train_gpt.main())
+"""
+
 
 class Place(NamedTuple):
     root: Path
@@ -66,6 +80,7 @@ def ended(place: Place) -> dict[str, Finished]:
         "killed": lambda: run(place.root / "killed", place.data, code(1, KILL) | {"world": 2}, **SHORT),
         "raised": lambda: run(place.root / "raised", place.data, code(1, "raise KeyError('a fault')") | {"world": 2},
                               **SHORT),
+        "slow": lambda: run(place.root / "slow", place.data, dict(code=SLOW_READS, world=2), **SHORT),
     })  # fmt: skip
 
 
@@ -326,6 +341,78 @@ def test_a_run_does_not_go_on_with_other_shards(tmp_path: Path) -> None:
     with pytest.raises(Stop) as stop:
         train_gpt.load_checkpoint(cfg, LoneRun(tmp_path), *[None] * 3)
     assert "was trained on other shards" in stop.value.sentence
+
+
+# ---- slow and damaged training text ----------------------------------------------------------------------------------
+class SlowDisk(np.ndarray):
+    """A shard of which every piece that is read takes a while."""
+
+    def __getitem__(self, key: Any) -> Any:
+        time.sleep(0.03)
+        return super().__getitem__(key)
+
+
+def stream(cfg: Any, n: int, rank: int = 0, world: int = 1) -> list[list[list[int]]]:
+    """The inputs of n steps, read one after another without a pause."""
+    loader = train_gpt.TrainLoader(cfg, LoneRun(rank=rank, world=world))
+    try:
+        return [[inputs.tolist() for inputs, *_ in loader.next_step()] for _ in range(n)]
+    finally:
+        loader.close()
+
+
+def test_a_slow_shard_gives_the_same_batches_and_few_lines(
+    dataset: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cfg, read = tiny_config(data_path=dataset), train_gpt.read_shard
+    fast = stream(cfg, 12)
+    assert capsys.readouterr().out == ""
+    monkeypatch.setattr(train_gpt, "SLOW_DATA_SECONDS", 0.05)
+    monkeypatch.setattr(train_gpt, "read_shard", lambda path: read(path).view(SlowDisk))
+    assert stream(cfg, 12) == fast
+    lines = capsys.readouterr().out.splitlines()
+    assert 2 <= len(lines) <= 6, "after 0.05, 0.1, 0.2 s and so on, of 12 steps with 0.03 s each"
+    assert lines[0].startswith(f"waited 0 s for training data so far, now for {dataset}/fineweb_train_0")
+
+
+def test_a_read_that_hangs_is_said_while_it_does(
+    dataset: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On the rank that hangs, with its number: the log is that of another one, which waits for it without knowing."""
+    go_on, said, inner = threading.Event(), [], train_gpt.TrainLoader._prepare
+    monkeypatch.setattr(train_gpt.TrainLoader, "_prepare", lambda *args: go_on.wait(60) and inner(*args))
+    monkeypatch.setattr(train_gpt, "SLOW_DATA_SECONDS", 0.02)
+    with ThreadPoolExecutor(1) as pool:
+        batches = pool.submit(stream, tiny_config(data_path=dataset), 1, 1, 2)
+        while len(said) < 2:
+            said += capsys.readouterr().err.splitlines()
+            time.sleep(0.01)
+        assert not batches.done()
+        go_on.set()
+        assert len(batches.result()[0]) == train_gpt.MICRO_STEPS // 2
+    assert all(line.startswith("rank 1: waited 0 s for training data so far, now for ") for line in said)
+
+
+def test_a_rank_with_slow_shards_ends_in_the_same_number(ended: dict[str, Finished]) -> None:
+    slow, two = ended["slow"].ok(), ended["two"].ok()
+    assert "rank 1: waited 0 s for training data" in slow.output and "waited 0 s" not in slow.log
+    assert slow.losses == two.losses
+    assert slow.artifact == two.artifact
+    assert slow.result["bpb_quantized"] == two.result["bpb_quantized"]
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_training_token_that_cannot_be_stops_every_rank_at_one_step(dataset: Path, world: int) -> None:
+    """In the fifth micro-batch of the fourth step, which only one of two ranks trains on."""
+    cfg, path = tiny_config(data_path=dataset), dataset / "fineweb_train_000001.bin"
+    tokens = np.array(train_gpt.read_shard(path))
+    tokens[4 * (cfg.micro_batch_tokens + 1) + 3] = 40_000
+    write_shard(path, tokens)
+    for rank in range(world):
+        stream(cfg, 3, rank, world)
+        with pytest.raises(Stop) as stop:
+            stream(cfg, 4, rank, world)
+        assert stop.value.sentence == f"{path} holds token 40000, outside VOCAB_SIZE=128: it is damaged, copy it again"
 
 
 # ---- clocks ----------------------------------------------------------------------------------------------------------
