@@ -5356,6 +5356,8 @@ def load_stage_file(
     try:
         state = torch.load(path, weights_only=True, **{"map_location": run.device, **how})
         theirs = state["fingerprint"]
+    except torch.OutOfMemoryError:
+        raise
     except Exception as e:  # torch raises many kinds for a damaged file
         raise Stop(f"{asked} cannot read {path} ({type(e).__name__}): start from an earlier stage", 2) from None
     ours = shape_fingerprint(cfg, fields)
@@ -5415,6 +5417,8 @@ def checkpoint_model(cfg: Config, run: Run) -> GPT:
     asked = f"{'HOTSTART_FP_CKPT' if cfg.hotstart_fp_ckpt else 'EVAL_ONLY_CHECKPOINT'}={path}"
     try:
         file = torch.load(path, map_location=run.device, weights_only=True)
+    except torch.OutOfMemoryError:
+        raise
     except Exception as e:
         raise Stop(f"{asked} cannot be read ({type(e).__name__})", 2) from None
     model = new_model(cfg, run)
@@ -5523,6 +5527,8 @@ def model_from_artifact(cfg: Config, run: Run, blob: bytes) -> GPT:
         for switch in model.switches:
             state = switch.decode(state, run)
         model.load_state_dict(state)
+    except torch.OutOfMemoryError:  # says nothing of the artifact
+        raise
     except (ArtifactError, ArithmeticError, RuntimeError, TypeError, ValueError) as e:
         raise Stop(f"cannot use this artifact: {e}", 2) from None
     model.looped = looped
@@ -5733,9 +5739,20 @@ def obey_arguments(args: Sequence[str]) -> int:
 
 
 MEMORY_KNOBS = {  # of each stage, by the first word of its name
-    "train": "TRAIN_BATCH_TOKENS, or VAL_BATCH_TOKENS if it was validating", "calibrate": "TRAIN_BATCH_TOKENS",
-    "evaluate": "VAL_BATCH_TOKENS", "ttt": "TTT_BATCH_SIZE, or GLOBAL_TTT_BATCH_SEQS if the base was learning",
+    "train": "CUDA_GRAPHS to 0, or TRAIN_BATCH_TOKENS, or VAL_BATCH_TOKENS if it was validating",
+    "calibrate": "TRAIN_BATCH_TOKENS", "evaluate": "VAL_BATCH_TOKENS",
+    "ttt": "TTT_BATCH_SIZE, or GLOBAL_TTT_BATCH_SEQS if the base was learning",
 }  # fmt: skip
+
+
+def lack_of_memory(e: BaseException | None) -> BaseException | None:
+    """The lack of memory that an exception is or comes from.
+
+    After one, the end of a graph's recording fails, too; and drivers and libraries have errors of their own for it.
+    """
+    while e is not None and "out of memory" not in str(e):
+        e = e.__context__
+    return e
 
 
 def died(run: Run, sentence: str) -> int:
@@ -5791,14 +5808,16 @@ def play(cfg: Config, first: bool) -> int:
         elif first:
             print(stop.sentence, file=sys.stderr)
         return stop.code
-    except torch.OutOfMemoryError as e:
-        knob = MEMORY_KNOBS.get(run.stage_name.split(" ")[0], "what else runs on this GPU")
-        return died(run, f"out of memory in stage {run.stage_name}: lower {knob} ({str(e).split('. ')[0]})")
     except Exception as e:
+        stage = run.stage_name or "preparation" if run else ""
+        if run and (lack := lack_of_memory(e)):
+            knob = MEMORY_KNOBS.get(stage.split(" ")[0], "what else runs on this GPU")
+            said = re.split(r"\. |\n", str(lack))[0]
+            return died(run, f"out of memory in stage {stage}: lower {knob} ({said})")
         if run is None or run.world == 1:
             raise
         traceback.print_exc()
-        return died(run, f"{type(e).__name__} in {run.stage_name or 'preparation'}: {str(e)[:200]}")
+        return died(run, f"{type(e).__name__} in {stage}: {str(e)[:200]}")
     except Interrupted as stop:
         name = signal.Signals(stop.args[0]).name
         run.log(f"stopped by {name}: FROM_STAGE goes on from the finished stages in {run.folder}, with the same knobs")

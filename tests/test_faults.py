@@ -23,6 +23,7 @@ import torch
 from pipeline_tools import SCRIPT, UNMINIFIED, Finished, make_shards, run, together
 from support import ROOT, TOKENIZER, LoneRun, documents, tiny_config, tiny_model, write_dataset, write_shard
 from test_legality import score
+from test_ttt import validation
 from thread_ranks import ThreadRun, on_ranks
 
 import train_gpt
@@ -193,22 +194,140 @@ def test_nan_after_test_time_training_is_no_score(monkeypatch: pytest.MonkeyPatc
 
 
 # ---- memory ----------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize(
-    ("stage", "knob"), [("evaluate float", "VAL_BATCH_TOKENS"), ("ttt", "TTT_BATCH_SIZE"), ("pack", "what else runs")]
-)
+def lack(*_: Any, **__: Any) -> Any:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB. GPU 0 has a total of 79.11 GiB.")
+
+
+class Recording:
+    """In the place of torch.cuda.graph: a recording in which something failed cannot be ended either."""
+
+    def __init__(self, *_: Any, **__: Any):
+        pass
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, *_: object) -> None:
+        if kind:
+            raise RuntimeError("CUDA error: operation failed due to a previous error during capture\nMore about it")
+
+
+def record(cfg: Any, run: Run, model: train_gpt.GPT) -> None:
+    """The second micro-batch of a graph, where memory is short once the first has come and gone."""
+    loader, work = train_gpt.TrainLoader(cfg, run), train_gpt.GraphedMicroBatch(model)
+    with run.stage("train"):
+        work(next(loader.next_step()))
+        model.forward = lack
+        work(next(loader.next_step()))
+
+
+def quantize(cfg: Any, run: Run, model: train_gpt.GPT) -> None:
+    hessians = train_gpt.calibrate_stage(cfg, run, model, {})
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(train_gpt, "inverse_factor", lack)
+        train_gpt.quantize_stage(cfg, run, model, hessians, {})
+
+
+def exhausted(model: train_gpt.GPT) -> train_gpt.GPT:
+    model.forward = lack
+    return model
+
+
+def train(cfg: Any, run: Run, model: train_gpt.GPT) -> None:
+    with run.stage("train"):
+        train_gpt.train(cfg, run, exhausted(model), TEXT)
+
+
+def evaluate_float(cfg: Any, run: Run, model: train_gpt.GPT) -> None:
+    train_gpt.score_float(cfg, run, exhausted(model), TEXT, {})
+
+
+def evaluate(cfg: Any, run: Run, model: train_gpt.GPT) -> None:
+    train_gpt.score_stages(run, exhausted(model), TEXT, {}, "evaluate")
+
+
+def adapt(cfg: Any, run: Run, model: train_gpt.GPT) -> None:
+    train_gpt.score_stages(run, exhausted(model), TEXT, {}, "ttt")
+
+
+def calibrate(cfg: Any, run: Run, model: train_gpt.GPT) -> None:
+    train_gpt.calibrate_stage(cfg, run, exhausted(model), {})
+
+
+TEXT = validation(documents((9, 14, 5)))
+WITHOUT_MEMORY: dict[str, tuple[Callable[..., Any], str, str]] = {  # what runs, the stage it names and the knob
+    "before all stages": (lack, "preparation", "what else runs on this GPU"),
+    "training": (train, "train", "CUDA_GRAPHS to 0, or TRAIN_BATCH_TOKENS"),
+    "recording a graph": (record, "train", "CUDA_GRAPHS to 0, or TRAIN_BATCH_TOKENS"),
+    "float evaluation": (evaluate_float, "evaluate float", "VAL_BATCH_TOKENS"),
+    "calibration": (calibrate, "calibrate", "TRAIN_BATCH_TOKENS"),
+    "quantization": (quantize, "quantize", "what else runs on this GPU"),
+    "evaluation": (evaluate, "evaluate", "VAL_BATCH_TOKENS"),
+    "test-time training": (adapt, "ttt", "TTT_BATCH_SIZE, or GLOBAL_TTT_BATCH_SEQS"),
+}
+
+
+def told(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, pipeline: Callable[..., Any]) -> str:
+    """What a rank says whose pipeline is this one; it has to fail."""
+    monkeypatch.setattr(train_gpt, "start_run", lambda cfg: LoneRun(Path(cfg.run_dir)))
+    monkeypatch.setattr(train_gpt, "pipeline", pipeline)
+    cfg = tiny_config(run_dir=str(Path.cwd()), data_path=str(Path.cwd() / "shards"))
+    assert train_gpt.play(cfg, first=True) == 1
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize("what", WITHOUT_MEMORY)
 def test_a_lack_of_memory_names_the_knob(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], stage: str, knob: str
+    tmp_path: Path, dataset: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], what: str
+) -> None:
+    """In the code of every stage, on the CPU."""
+    work, stage, knob = WITHOUT_MEMORY[what]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    monkeypatch.setattr(torch.cuda, "graph", Recording)
+    said = told(capsys, monkeypatch, lambda cfg, run: work(cfg, run, tiny_model()))
+    assert said.startswith(f"rank 0: out of memory in stage {stage}: lower {knob}")
+    assert said.endswith("(CUDA out of memory)\n") and said.count("\n") == 1
+
+
+@pytest.mark.parametrize("error", ["Triton Error [CUDA]: out of memory", "CUDA error: out of memory\nMore about it"])
+def test_a_lack_of_memory_has_several_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: str
 ) -> None:
     def pipeline(cfg: Any, run: Run) -> None:
-        with run.stage(stage):
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB.")
+        with run.stage("ttt"):
+            raise RuntimeError(error)
+
+    monkeypatch.chdir(tmp_path)
+    said = told(capsys, monkeypatch, pipeline)
+    assert said.startswith("rank 0: out of memory in stage ttt: lower TTT_BATCH_SIZE")
+    assert said.endswith(f"({error.splitlines()[0]})\n")
+
+
+def test_a_file_is_not_blamed_for_a_lack_of_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fuzz_artifact import small_artifact
+
+    cfg = tiny_config(tokenizer_path=str(TOKENIZER), eval_only_checkpoint=str(tmp_path / "weights.pt"))
+    monkeypatch.setattr(torch, "load", lack)
+    monkeypatch.setattr(train_gpt, "new_model", lack)
+    for load in (
+        lambda: train_gpt.load_stage_file(cfg, LoneRun(tmp_path), "01_weights.pt", "FROM_STAGE=calibrate"),
+        lambda: train_gpt.checkpoint_model(cfg, LoneRun(tmp_path)),
+        lambda: train_gpt.model_from_artifact(cfg, LoneRun(), small_artifact()),
+    ):
+        with pytest.raises(torch.OutOfMemoryError):
+            load()
+
+
+def test_other_errors_are_not_called_a_lack_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    def pipeline(cfg: Any, run: Run) -> None:
+        with run.stage("ttt"), Recording():
+            raise KeyError("a fault")
 
     monkeypatch.setattr(train_gpt, "start_run", lambda cfg: LoneRun())
     monkeypatch.setattr(train_gpt, "pipeline", pipeline)
-    assert train_gpt.play(tiny_config(), first=True) == 1
-    said = capsys.readouterr().err
-    assert said.startswith(f"rank 0: out of memory in stage {stage}: lower {knob}")
-    assert said.endswith("(CUDA out of memory)\n")
+    with pytest.raises(RuntimeError, match="previous error during capture"):
+        train_gpt.play(tiny_config(), first=True)
 
 
 def test_every_stage_that_fills_memory_has_a_knob_that_exists() -> None:
