@@ -362,6 +362,39 @@ def test_a_full_disk_stops_every_rank_and_keeps_what_was_there(
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == {"checkpoint.pt": b"the last one"}
 
 
+def read_only(*_: Any, **__: Any) -> None:
+    raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_a_read_only_folder_stops_every_rank_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, there: bool
+) -> None:
+    """The folder of runs, or one that is there but takes no file. Whoever runs tests as root may write anywhere."""
+    monkeypatch.setattr(train_gpt, "open", read_only, raising=False)
+    if not there:
+        monkeypatch.setattr(Path, "mkdir", read_only)
+
+    def start(run: ThreadRun) -> tuple[str, Any]:
+        run.folder = tmp_path
+        with pytest.raises(Stop) as stop:
+            train_gpt.open_folder(run)
+        return stop.value.sentence, stop.value.code
+
+    sentence = f"cannot write to the run folder {tmp_path}: Read-only file system; set RUN_DIR to a writable one"
+    assert on_ranks(2, start) == 2 * [(sentence, 2)]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_becomes_read_only_keeps_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "checkpoint.pt").write_bytes(b"the last one")
+    monkeypatch.setattr(train_gpt, "open", read_only, raising=False)
+    with pytest.raises(Stop) as stop:
+        LoneRun(tmp_path).save("checkpoint.pt", lambda f: f.write(b"the next one"))
+    assert "Read-only file system; what was finished before is kept there" in stop.value.sentence
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == {"checkpoint.pt": b"the last one"}
+
+
 def test_a_log_that_cannot_be_written_does_not_stop_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lone = LoneRun(tmp_path / "gone")
     for i in range(3):
