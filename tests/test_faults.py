@@ -53,7 +53,7 @@ train_gpt.minify, prepare = lambda source: source, train_gpt.TrainLoader._prepar
 def slow(loader, span):
     time.sleep(0.4 * (os.environ["RANK"] == "1"))
     return prepare(loader, span)
-train_gpt.TrainLoader._prepare, train_gpt.SLOW_DATA_SECONDS = slow, 0.2
+train_gpt.TrainLoader._prepare, train_gpt.SLOW_DATA_SECONDS = slow, 0.05
 sys.exit(train_gpt.main())
 """
 
