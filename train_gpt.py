@@ -65,7 +65,8 @@ import traceback
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import wait as wait_for
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -2360,8 +2361,11 @@ def read_shard(path: Path) -> np.ndarray:
 
 
 def first_document(shard: np.ndarray) -> int:
-    """Where the first document of a shard starts: 0 when it holds no BOS."""
-    return int(np.argmax(shard == BOS)) if len(shard) else 0
+    """Where the first document of a shard starts: 0 when it holds no BOS. Reads little further than that."""
+    for at in range(0, len(shard), 1 << 16):
+        if len(found := np.flatnonzero(shard[at : at + (1 << 16)] == BOS)):
+            return at + int(found[0])
+    return 0
 
 
 def usable_tokens(path: Path) -> int:
@@ -2441,6 +2445,9 @@ def packed_row(
     return sent_row(*host_row(tokens, piece, device.type == "cuda", edges), device)
 
 
+SLOW_DATA_SECONDS = 5.0  # of waiting for training data are worth a line
+
+
 class TrainLoader:
     """Packed micro-batches in stream order, the same text in step k for any number of ranks.
 
@@ -2452,14 +2459,20 @@ class TrainLoader:
 
     def __init__(self, cfg: Config, run: Run, start_step: int = 0):
         self.cfg, self.run = cfg, run
-        self.shards = [read_shard(p) for p in train_files(cfg) if usable_tokens(p) >= cfg.step_tokens]
+        self.files = [p for p in train_files(cfg) if usable_tokens(p) >= cfg.step_tokens]
+        self.shards = [read_shard(p) for p in self.files]
         self.spans = itertools.islice(self._step_starts(), start_step, None)
         # Batches are prepared two steps ahead: the training loop never waits for reading, packing and page-locking, but
         # only queues copies.
         self.pool = ThreadPoolExecutor(max_workers=1)
         if run.device.type == "cuda":  # a new thread is on GPU 0, and page-locking would make a context there
             self.pool.submit(torch.cuda.set_device, run.device).result()
-        self.ahead = [self.pool.submit(self._prepare, next(self.spans)) for _ in range(2)]
+        self.ahead = [self._order() for _ in range(2)]
+        self.waited, self.next_notice = 0.0, SLOW_DATA_SECONDS
+
+    def _order(self) -> tuple[Path, Future]:
+        span = next(self.spans)
+        return self.files[span[0]], self.pool.submit(self._prepare, span)
 
     def _step_starts(self) -> Iterator[tuple[int, int]]:
         need = self.cfg.step_tokens
@@ -2470,16 +2483,34 @@ class TrainLoader:
                     yield i, at
 
     def _prepare(self, span: tuple[int, int]) -> list[tuple[Tensor, Docs]]:
-        shard, at = self.shards[span[0]], span[1]
+        i, at = span
+        text = np.array(self.shards[i][at : at + self.cfg.step_tokens])  # all of the step: ranks see the same faults
+        if not IS_SUBMISSION and (most := int(text.max())) >= self.cfg.vocab_size:
+            fault = f"token {most}, outside VOCAB_SIZE={self.cfg.vocab_size}: it is damaged, copy it again"
+            raise Stop(f"{self.files[i]} holds {fault}")
         n, piece, pin = self.cfg.micro_batch_tokens, self.cfg.train_seq_len, self.run.device.type == "cuda"
         mine = range(self.run.rank, MICRO_STEPS, self.run.world)
-        return [host_row(np.asarray(shard[at + j * (n + 1) :][: n + 1]), piece, pin) for j in mine]
+        return [host_row(text[j * (n + 1) :][: n + 1], piece, pin) for j in mine]
 
     def next_step(self) -> Iterator[tuple[Tensor, Tensor, Docs]]:
         """This rank's micro-batches of the next optimizer step, on the device."""
-        rows = self.ahead.pop(0).result()
-        self.ahead.append(self.pool.submit(self._prepare, next(self.spans)))
-        return (sent_row(*r, self.run.device) for r in rows)
+        path, rows = self.ahead.pop(0)
+        if not IS_SUBMISSION:
+            self._wait(path, rows)
+        self.ahead.append(self._order())
+        return (sent_row(*r, self.run.device) for r in rows.result())
+
+    def _wait(self, path: Path, rows: Future) -> None:
+        """Says so when all waits together have taken some seconds, twice as many, ...: while it waits, too."""
+        began = time.monotonic() - self.waited
+        while not wait_for([rows], max(began + self.next_notice - time.monotonic(), 0)).done:
+            slow = f"waited {self.next_notice:.0f} s for training data so far, now for {path}: reading is too slow"
+            if self.run.main:
+                self.run.log(slow)
+            else:  # the others wait for this rank, and only it knows why
+                print(f"rank {self.run.rank}: {slow}", file=sys.stderr, flush=True)
+            self.next_notice *= 2
+        self.waited = time.monotonic() - began
 
     def close(self) -> None:
         self.pool.shutdown(cancel_futures=True)
@@ -5521,6 +5552,8 @@ def load_stage_file(
     try:
         state = torch.load(path, weights_only=True, **{"map_location": run.device, **how})
         theirs = state["fingerprint"]
+    except torch.OutOfMemoryError:
+        raise
     except Exception as e:  # torch raises many kinds for a damaged file
         raise Stop(f"{asked} cannot read {path} ({type(e).__name__}): start from an earlier stage", 2) from None
     ours = shape_fingerprint(cfg, fields)
@@ -5580,6 +5613,8 @@ def checkpoint_model(cfg: Config, run: Run) -> GPT:
     asked = f"{'HOTSTART_FP_CKPT' if cfg.hotstart_fp_ckpt else 'EVAL_ONLY_CHECKPOINT'}={path}"
     try:
         file = torch.load(path, map_location=run.device, weights_only=True)
+    except torch.OutOfMemoryError:
+        raise
     except Exception as e:
         raise Stop(f"{asked} cannot be read ({type(e).__name__})", 2) from None
     model = new_model(cfg, run)
@@ -5688,6 +5723,8 @@ def model_from_artifact(cfg: Config, run: Run, blob: bytes) -> GPT:
         for switch in model.switches:
             state = switch.decode(state, run)
         model.load_state_dict(state)
+    except torch.OutOfMemoryError:  # says nothing of the artifact
+        raise
     except (ArtifactError, ArithmeticError, RuntimeError, TypeError, ValueError) as e:
         raise Stop(f"cannot use this artifact: {e}", 2) from None
     model.looped = looped
@@ -5898,9 +5935,20 @@ def obey_arguments(args: Sequence[str]) -> int:
 
 
 MEMORY_KNOBS = {  # of each stage, by the first word of its name
-    "train": "TRAIN_BATCH_TOKENS, or VAL_BATCH_TOKENS if it was validating", "calibrate": "TRAIN_BATCH_TOKENS",
-    "evaluate": "VAL_BATCH_TOKENS", "ttt": "TTT_BATCH_SIZE, or GLOBAL_TTT_BATCH_SEQS if the base was learning",
+    "train": "CUDA_GRAPHS to 0, or TRAIN_BATCH_TOKENS, or VAL_BATCH_TOKENS if it was validating",
+    "calibrate": "TRAIN_BATCH_TOKENS", "evaluate": "VAL_BATCH_TOKENS",
+    "ttt": "TTT_BATCH_SIZE, or GLOBAL_TTT_BATCH_SEQS if the base was learning",
 }  # fmt: skip
+
+
+def lack_of_memory(e: BaseException | None) -> BaseException | None:
+    """The lack of memory that an exception is or comes from.
+
+    After one, the end of a graph's recording fails, too; and drivers and libraries have errors of their own for it.
+    """
+    while e is not None and "out of memory" not in str(e):
+        e = e.__context__
+    return e
 
 
 def died(run: Run, sentence: str) -> int:
@@ -5956,14 +6004,16 @@ def play(cfg: Config, first: bool) -> int:
         elif first:
             print(stop.sentence, file=sys.stderr)
         return stop.code
-    except torch.OutOfMemoryError as e:
-        knob = MEMORY_KNOBS.get(run.stage_name.split(" ")[0], "what else runs on this GPU")
-        return died(run, f"out of memory in stage {run.stage_name}: lower {knob} ({str(e).split('. ')[0]})")
     except Exception as e:
+        stage = run.stage_name or "preparation" if run else ""
+        if run and (lack := lack_of_memory(e)):
+            knob = MEMORY_KNOBS.get(stage.split(" ")[0], "what else runs on this GPU")
+            said = re.split(r"\. |\n", str(lack))[0]
+            return died(run, f"out of memory in stage {stage}: lower {knob} ({said})")
         if run is None or run.world == 1:
             raise
         traceback.print_exc()
-        return died(run, f"{type(e).__name__} in {run.stage_name or 'preparation'}: {str(e)[:200]}")
+        return died(run, f"{type(e).__name__} in {stage}: {str(e)[:200]}")
     except Interrupted as stop:
         name = signal.Signals(stop.args[0]).name
         run.log(f"stopped by {name}: FROM_STAGE goes on from the finished stages in {run.folder}, with the same knobs")

@@ -71,6 +71,25 @@ def test_a_damaged_shard_is_named(tmp_path: Path, how: str) -> None:
     assert "again" in str(e.value), "say what to do"
 
 
+def test_a_document_start_is_found_without_reading_the_whole_shard() -> None:
+    read: list[slice] = []
+
+    class Watched(np.ndarray):
+        def __getitem__(self, key: Any) -> Any:
+            read.append(key)
+            return super().__getitem__(key)
+
+    piece, tokens = 1 << 16, np.full(1_000_000, 9, np.uint16)
+    for at in (0, 5, piece - 1, piece, 3 * piece + 7):
+        tokens[:] = 9
+        tokens[[at, at + 1, -1]] = BOS
+        read.clear()
+        assert train_gpt.first_document(tokens.view(Watched)) == at
+        assert len(read) == at // piece + 1
+    tokens[:] = 9
+    assert train_gpt.first_document(tokens) == 0
+
+
 # ---- packing ---------------------------------------------------------------------------------------------------------
 def slow_boundaries(tokens: list[int], piece: int) -> list[int]:
     """Token by token: a boundary at every document start and whenever a piece is full."""

@@ -82,6 +82,7 @@ TABLE = """
       test_read_logs.py::test_what_does_not_belong_together_has_no_mean
       test_read_logs.py::test_mixed_configurations_and_repeated_runs_are_not_compared
 22  state from documents that come later
+      test_legality.py::test_c1_test_time_training
       test_legality.py::test_c1_is_seen_to_be_broken
       test_audit.py::test_a_scorer_that_cheats_gets_no_score
 23  order of scoring: what the base learns from is scored first
@@ -175,14 +176,19 @@ def test_warm_up_reads_no_validation_text(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_weights_do_not_depend_on_the_validation_text(tmp_path: Path) -> None:
-    """Training, the average and the Hessians, with validation during and after training."""
+    """Training, the average and the Hessians, with validation during and after training.
+
+    The text lies beside the one training shard, is as long as a step, and would come next when that has been read.
+    """
     states = []
-    for name, lengths in (("a", (9, 30, 2)), ("b", (44, 5, 6))):
-        data = write_dataset(tmp_path / name)
+    for name, lengths in (("a", (9, 300, 2)), ("b", (270, 5, 36))):
+        data, text = write_dataset(tmp_path / name, n_train=1, steps_per_shard=2), documents(lengths, seed=lengths[0])
+        write_shard(data / "fineweb_val_000000.bin", text)
         cfg = tiny_config(data_path=str(data), iterations=4, val_loss_every=2, checkpoint_every=0)
+        assert len(text) >= cfg.step_tokens
         run, model = LoneRun(tmp_path), tiny_model(iterations=4)
         model.cfg = cfg
-        train_gpt.train(cfg, run, model, validation(documents(lengths, seed=len(name) + lengths[0])))
+        train_gpt.train(cfg, run, model, validation(text))
         hessians = train_gpt.calibrate(model, train_gpt.calibration_batches(cfg, run), run)
         states.append({**{k: p.detach() for k, p in model.named_parameters()}, **hessians})
     assert [k for k in states[0] if not torch.equal(states[0][k], states[1][k])] == []

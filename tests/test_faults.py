@@ -9,17 +9,21 @@ import json
 import os
 import re
 import signal
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import stress_kill
 import torch
 from pipeline_tools import SCRIPT, UNMINIFIED, Finished, make_shards, run, together
 from support import ROOT, TOKENIZER, LoneRun, documents, tiny_config, tiny_model, write_dataset, write_shard
 from test_legality import score
+from test_ttt import validation
 from thread_ranks import ThreadRun, on_ranks
 
 import train_gpt
@@ -41,6 +45,17 @@ train_gpt.train_step = faulty
 sys.exit(train_gpt.main())
 """
 KILL = "os.kill(os.getpid(), signal.SIGKILL)"
+
+# The same, with one rank whose shards lie on a slow file system.
+SLOW_READS = """
+import os, sys, time, train_gpt
+train_gpt.minify, prepare = lambda source: source, train_gpt.TrainLoader._prepare
+def slow(loader, span):
+    time.sleep(0.4 * (os.environ["RANK"] == "1"))
+    return prepare(loader, span)
+train_gpt.TrainLoader._prepare, train_gpt.SLOW_DATA_SECONDS = slow, 0.05
+sys.exit(train_gpt.main())
+"""
 
 
 class Place(NamedTuple):
@@ -66,6 +81,7 @@ def ended(place: Place) -> dict[str, Finished]:
         "killed": lambda: run(place.root / "killed", place.data, code(1, KILL) | {"world": 2}, **SHORT),
         "raised": lambda: run(place.root / "raised", place.data, code(1, "raise KeyError('a fault')") | {"world": 2},
                               **SHORT),
+        "slow": lambda: run(place.root / "slow", place.data, dict(code=SLOW_READS, world=2), **SHORT),
     })  # fmt: skip
 
 
@@ -178,22 +194,140 @@ def test_nan_after_test_time_training_is_no_score(monkeypatch: pytest.MonkeyPatc
 
 
 # ---- memory ----------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize(
-    ("stage", "knob"), [("evaluate float", "VAL_BATCH_TOKENS"), ("ttt", "TTT_BATCH_SIZE"), ("pack", "what else runs")]
-)
+def lack(*_: Any, **__: Any) -> Any:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB. GPU 0 has a total of 79.11 GiB.")
+
+
+class Recording:
+    """In the place of torch.cuda.graph: a recording in which something failed cannot be ended either."""
+
+    def __init__(self, *_: Any, **__: Any):
+        pass
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, *_: object) -> None:
+        if kind:
+            raise RuntimeError("CUDA error: operation failed due to a previous error during capture\nMore about it")
+
+
+def record(cfg: Any, run: Run, model: train_gpt.GPT) -> None:
+    """The second micro-batch of a graph, where memory is short once the first has come and gone."""
+    loader, work = train_gpt.TrainLoader(cfg, run), train_gpt.GraphedMicroBatch(model)
+    with run.stage("train"):
+        work(next(loader.next_step()))
+        model.forward = lack
+        work(next(loader.next_step()))
+
+
+def quantize(cfg: Any, run: Run, model: train_gpt.GPT) -> None:
+    hessians = train_gpt.calibrate_stage(cfg, run, model, {})
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(train_gpt, "inverse_factor", lack)
+        train_gpt.quantize_stage(cfg, run, model, hessians, {})
+
+
+def exhausted(model: train_gpt.GPT) -> train_gpt.GPT:
+    model.forward = lack
+    return model
+
+
+def train(cfg: Any, run: Run, model: train_gpt.GPT) -> None:
+    with run.stage("train"):
+        train_gpt.train(cfg, run, exhausted(model), TEXT)
+
+
+def evaluate_float(cfg: Any, run: Run, model: train_gpt.GPT) -> None:
+    train_gpt.score_float(cfg, run, exhausted(model), TEXT, {})
+
+
+def evaluate(cfg: Any, run: Run, model: train_gpt.GPT) -> None:
+    train_gpt.score_stages(run, exhausted(model), TEXT, {}, "evaluate")
+
+
+def adapt(cfg: Any, run: Run, model: train_gpt.GPT) -> None:
+    train_gpt.score_stages(run, exhausted(model), TEXT, {}, "ttt")
+
+
+def calibrate(cfg: Any, run: Run, model: train_gpt.GPT) -> None:
+    train_gpt.calibrate_stage(cfg, run, exhausted(model), {})
+
+
+TEXT = validation(documents((9, 14, 5)))
+WITHOUT_MEMORY: dict[str, tuple[Callable[..., Any], str, str]] = {  # what runs, the stage it names and the knob
+    "before all stages": (lack, "preparation", "what else runs on this GPU"),
+    "training": (train, "train", "CUDA_GRAPHS to 0, or TRAIN_BATCH_TOKENS"),
+    "recording a graph": (record, "train", "CUDA_GRAPHS to 0, or TRAIN_BATCH_TOKENS"),
+    "float evaluation": (evaluate_float, "evaluate float", "VAL_BATCH_TOKENS"),
+    "calibration": (calibrate, "calibrate", "TRAIN_BATCH_TOKENS"),
+    "quantization": (quantize, "quantize", "what else runs on this GPU"),
+    "evaluation": (evaluate, "evaluate", "VAL_BATCH_TOKENS"),
+    "test-time training": (adapt, "ttt", "TTT_BATCH_SIZE, or GLOBAL_TTT_BATCH_SEQS"),
+}
+
+
+def told(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, pipeline: Callable[..., Any]) -> str:
+    """What a rank says whose pipeline is this one; it has to fail."""
+    monkeypatch.setattr(train_gpt, "start_run", lambda cfg: LoneRun(Path(cfg.run_dir)))
+    monkeypatch.setattr(train_gpt, "pipeline", pipeline)
+    cfg = tiny_config(run_dir=str(Path.cwd()), data_path=str(Path.cwd() / "shards"))
+    assert train_gpt.play(cfg, first=True) == 1
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize("what", WITHOUT_MEMORY)
 def test_a_lack_of_memory_names_the_knob(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], stage: str, knob: str
+    tmp_path: Path, dataset: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], what: str
+) -> None:
+    """In the code of every stage, on the CPU."""
+    work, stage, knob = WITHOUT_MEMORY[what]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    monkeypatch.setattr(torch.cuda, "graph", Recording)
+    said = told(capsys, monkeypatch, lambda cfg, run: work(cfg, run, tiny_model()))
+    assert said.startswith(f"rank 0: out of memory in stage {stage}: lower {knob}")
+    assert said.endswith("(CUDA out of memory)\n") and said.count("\n") == 1
+
+
+@pytest.mark.parametrize("error", ["Triton Error [CUDA]: out of memory", "CUDA error: out of memory\nMore about it"])
+def test_a_lack_of_memory_has_several_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: str
 ) -> None:
     def pipeline(cfg: Any, run: Run) -> None:
-        with run.stage(stage):
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB.")
+        with run.stage("ttt"):
+            raise RuntimeError(error)
+
+    monkeypatch.chdir(tmp_path)
+    said = told(capsys, monkeypatch, pipeline)
+    assert said.startswith("rank 0: out of memory in stage ttt: lower TTT_BATCH_SIZE")
+    assert said.endswith(f"({error.splitlines()[0]})\n")
+
+
+def test_a_file_is_not_blamed_for_a_lack_of_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fuzz_artifact import small_artifact
+
+    cfg = tiny_config(tokenizer_path=str(TOKENIZER), eval_only_checkpoint=str(tmp_path / "weights.pt"))
+    monkeypatch.setattr(torch, "load", lack)
+    monkeypatch.setattr(train_gpt, "new_model", lack)
+    for load in (
+        lambda: train_gpt.load_stage_file(cfg, LoneRun(tmp_path), "01_weights.pt", "FROM_STAGE=calibrate"),
+        lambda: train_gpt.checkpoint_model(cfg, LoneRun(tmp_path)),
+        lambda: train_gpt.model_from_artifact(cfg, LoneRun(), small_artifact()),
+    ):
+        with pytest.raises(torch.OutOfMemoryError):
+            load()
+
+
+def test_other_errors_are_not_called_a_lack_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    def pipeline(cfg: Any, run: Run) -> None:
+        with run.stage("ttt"), Recording():
+            raise KeyError("a fault")
 
     monkeypatch.setattr(train_gpt, "start_run", lambda cfg: LoneRun())
     monkeypatch.setattr(train_gpt, "pipeline", pipeline)
-    assert train_gpt.play(tiny_config(), first=True) == 1
-    said = capsys.readouterr().err
-    assert said.startswith(f"rank 0: out of memory in stage {stage}: lower {knob}")
-    assert said.endswith("(CUDA out of memory)\n")
+    with pytest.raises(RuntimeError, match="previous error during capture"):
+        train_gpt.play(tiny_config(), first=True)
 
 
 def test_every_stage_that_fills_memory_has_a_knob_that_exists() -> None:
@@ -225,6 +359,39 @@ def test_a_full_disk_stops_every_rank_and_keeps_what_was_there(
 
     said = on_ranks(2, save)
     assert said[0] == said[1] and "No space left on device; what was finished before is kept there" in said[0]
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == {"checkpoint.pt": b"the last one"}
+
+
+def read_only(*_: Any, **__: Any) -> None:
+    raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_a_read_only_folder_stops_every_rank_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, there: bool
+) -> None:
+    """The folder of runs, or one that is there but takes no file. Whoever runs tests as root may write anywhere."""
+    monkeypatch.setattr(train_gpt, "open", read_only, raising=False)
+    if not there:
+        monkeypatch.setattr(Path, "mkdir", read_only)
+
+    def start(run: ThreadRun) -> tuple[str, Any]:
+        run.folder = tmp_path
+        with pytest.raises(Stop) as stop:
+            train_gpt.open_folder(run)
+        return stop.value.sentence, stop.value.code
+
+    sentence = f"cannot write to the run folder {tmp_path}: Read-only file system; set RUN_DIR to a writable one"
+    assert on_ranks(2, start) == 2 * [(sentence, 2)]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_becomes_read_only_keeps_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "checkpoint.pt").write_bytes(b"the last one")
+    monkeypatch.setattr(train_gpt, "open", read_only, raising=False)
+    with pytest.raises(Stop) as stop:
+        LoneRun(tmp_path).save("checkpoint.pt", lambda f: f.write(b"the next one"))
+    assert "Read-only file system; what was finished before is kept there" in stop.value.sentence
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == {"checkpoint.pt": b"the last one"}
 
 
@@ -326,6 +493,78 @@ def test_a_run_does_not_go_on_with_other_shards(tmp_path: Path) -> None:
     with pytest.raises(Stop) as stop:
         train_gpt.load_checkpoint(cfg, LoneRun(tmp_path), *[None] * 3)
     assert "was trained on other shards" in stop.value.sentence
+
+
+# ---- slow and damaged training text ----------------------------------------------------------------------------------
+class SlowDisk(np.ndarray):
+    """A shard of which every piece that is read takes a while."""
+
+    def __getitem__(self, key: Any) -> Any:
+        time.sleep(0.03)
+        return super().__getitem__(key)
+
+
+def stream(cfg: Any, n: int, rank: int = 0, world: int = 1) -> list[list[list[int]]]:
+    """The inputs of n steps, read one after another without a pause."""
+    loader = train_gpt.TrainLoader(cfg, LoneRun(rank=rank, world=world))
+    try:
+        return [[inputs.tolist() for inputs, *_ in loader.next_step()] for _ in range(n)]
+    finally:
+        loader.close()
+
+
+def test_a_slow_shard_gives_the_same_batches_and_few_lines(
+    dataset: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cfg, read = tiny_config(data_path=dataset), train_gpt.read_shard
+    fast = stream(cfg, 12)
+    assert capsys.readouterr().out == ""
+    monkeypatch.setattr(train_gpt, "SLOW_DATA_SECONDS", 0.05)
+    monkeypatch.setattr(train_gpt, "read_shard", lambda path: read(path).view(SlowDisk))
+    assert stream(cfg, 12) == fast
+    lines = capsys.readouterr().out.splitlines()
+    assert 2 <= len(lines) <= 6, "after 0.05, 0.1, 0.2 s and so on, of 12 steps with 0.03 s each"
+    assert lines[0].startswith(f"waited 0 s for training data so far, now for {dataset}/fineweb_train_0")
+
+
+def test_a_read_that_hangs_is_said_while_it_does(
+    dataset: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On the rank that hangs, with its number: the log is that of another one, which waits for it without knowing."""
+    go_on, said, inner = threading.Event(), [], train_gpt.TrainLoader._prepare
+    monkeypatch.setattr(train_gpt.TrainLoader, "_prepare", lambda *args: go_on.wait(60) and inner(*args))
+    monkeypatch.setattr(train_gpt, "SLOW_DATA_SECONDS", 0.02)
+    with ThreadPoolExecutor(1) as pool:
+        batches = pool.submit(stream, tiny_config(data_path=dataset), 1, 1, 2)
+        while len(said) < 2:
+            said += capsys.readouterr().err.splitlines()
+            time.sleep(0.01)
+        assert not batches.done()
+        go_on.set()
+        assert len(batches.result()[0]) == train_gpt.MICRO_STEPS // 2
+    assert all(line.startswith("rank 1: waited 0 s for training data so far, now for ") for line in said)
+
+
+def test_a_rank_with_slow_shards_ends_in_the_same_number(ended: dict[str, Finished]) -> None:
+    slow, two = ended["slow"].ok(), ended["two"].ok()
+    assert "rank 1: waited 0 s for training data" in slow.output and "waited 0 s" not in slow.log
+    assert slow.losses == two.losses
+    assert slow.artifact == two.artifact
+    assert slow.result["bpb_quantized"] == two.result["bpb_quantized"]
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_training_token_that_cannot_be_stops_every_rank_at_one_step(dataset: Path, world: int) -> None:
+    """In the fifth micro-batch of the fourth step, which only one of two ranks trains on."""
+    cfg, path = tiny_config(data_path=dataset), dataset / "fineweb_train_000001.bin"
+    tokens = np.array(train_gpt.read_shard(path))
+    tokens[4 * (cfg.micro_batch_tokens + 1) + 3] = 40_000
+    write_shard(path, tokens)
+    for rank in range(world):
+        stream(cfg, 3, rank, world)
+        with pytest.raises(Stop) as stop:
+            stream(cfg, 4, rank, world)
+        assert stop.value.sentence == f"{path} holds token 40000, outside VOCAB_SIZE=128: it is damaged, copy it again"
 
 
 # ---- clocks ----------------------------------------------------------------------------------------------------------
