@@ -1676,7 +1676,7 @@ if triton is not None:
     @triton.jit
     def stream(ptr, at, inside):
         """A tile in float32, 0 where there is no such stream."""
-        if ptr is None:
+        if ptr is None:  # noqa: SIM108
             tile = 0.0
         else:
             tile = tl.load(ptr + at, mask=inside, other=0.0).to(tl.float32)
