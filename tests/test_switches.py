@@ -204,7 +204,7 @@ def test_similarity_of_a_pass_with_itself_is_one(tmp_path: Path) -> None:
     model = tiny_model(recur_diag_p2p_cos=1)
     model.looped = True
     step = torch.randn(32)
-    model.kernels = model.kernels._replace(serial=lambda x, x0, *args: (x + step, x0))
+    model.kernels = model.kernels._replace(serial=lambda x, x0, *args: (x + step, x, x0))
     tokens = documents((20, 30, 7))
     val = train_gpt.ValidationSet(tokens, torch.ones(len(tokens)).numpy())
     model.switches[0].observe(model, val, LoneRun(tmp_path), 0)
