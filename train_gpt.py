@@ -2860,6 +2860,12 @@ class BlockCall(NamedTuple):
 
     layer: Layer
     ctx: Context
+    tap: Tap | None = None
+
+    def see(self, site: str, x: Tensor) -> None:
+        """As `matmul` does."""
+        if self.tap is not None:
+            self.tap(site, x)
 
 
 def _low_rank_forward(target: Tensor, x: Tensor, delta: tuple[Tensor, Tensor] | None) -> Tensor | None:
@@ -2892,9 +2898,10 @@ def _attend_forward(
     x: Tensor, x0: Tensor, w: LayerWeights, call: BlockCall, deltas: Deltas, residual: bool, train: bool
 ) -> tuple[Tensor, list[Tensor | None], Any]:
     """Mix, norm and attention half -> u + a (residual) or a, and what backward needs: less when no weight trains."""
-    layer, ctx = call
+    layer, ctx, _ = call
     n8 = torch.empty_like(x, dtype=FLOAT8) if ctx.fp8_forward else None
     u, n, rstd = mix_norm_forward(x, x0, w.mix, layer.depth_scale, residual, n8)
+    call.see("attn_in", n)
     merged = float8_product(n8, ctx.fp8_forward[0], len(w.qkv), x.dtype) if ctx.fp8_forward else F.linear(n, w.qkv)
     zs = [_low_rank_forward(p, n, d) for p, d in zip(*_low_rank_targets(merged, deltas, layer), strict=True)]
     q, k, heads_rstd = prepare_forward(merged, w.q_gain, ctx.rope, layer, ctx.attention)
@@ -2903,6 +2910,7 @@ def _attend_forward(
         k, v = (t.flatten(0, 1) for t in ctx.past.extend(*(t.view(*x.shape[:2], *t.shape[1:]) for t in (k, v))))
     out, state = ctx.attention.forward(q, k, v, ctx.docs)
     y = gate_forward(out, merged, layer)
+    call.see("attn_out", y)
     a = F.linear(y, w.wo) if u is None else u.flatten(0, -2).addmm_(y.flatten(0, -2), w.wo.t()).view_as(x)
     zs.append(_low_rank_forward(a, n, deltas.attn_bypass))
     return a, [n, rstd, merged, heads_rstd, out, y if train else None, *zs], state
@@ -2913,7 +2921,7 @@ def _attend_backward(
     train_weights: bool,
 ) -> tuple[Tensor, dict[str, Tensor], Deltas]:  # fmt: skip
     """-> gradient of n, of the weights by name, of the deltas of attention."""
-    (layer, ctx), (n, _, merged, heads_rstd, out, y, *zs) = call, saved
+    (layer, ctx, _), (n, _, merged, heads_rstd, out, y, *zs) = call, saved
     d_merged = torch.empty_like(merged)
     d_out, delta = gate_backward(grad @ w.wo, out, merged, d_merged, layer)
     raw = RawHeads(merged, d_merged, heads_rstd, w.q_gain, ctx.rope, layer)
@@ -2933,12 +2941,14 @@ def _feed_forward(
     x: Tensor, w: LayerWeights, call: BlockCall, deltas: Deltas, residual: bool, train: bool
 ) -> tuple[Tensor, list[Tensor | None]]:
     """Norm and MLP half -> x + b, written over x (residual), or b, and what backward needs."""
-    (layer, ctx), n8, up = call, None, [w.up, call.layer.activation]
+    (layer, ctx, _), n8, up = call, None, [w.up, call.layer.activation]
     if ctx.fp8_forward:
         n8, (codes, scale, _) = torch.empty_like(x, dtype=FLOAT8), ctx.fp8_forward[1]
         up = [codes[: len(w.up)], layer.activation, scale, x.dtype]
     _, n, rstd = mix_norm_forward(x, None, None, layer.depth_scale, False, n8)
+    call.see("mlp_in", n)
     pre, act = up_leaky((n if n8 is None else n8).flatten(0, -2), *up)
+    call.see("mlp_out", act)
     flat = x.flatten(0, -2)
     b = flat.addmm_(act, w.down.t()) if residual else F.linear(act, w.down)
     b = b.view_as(x)
@@ -3053,19 +3063,19 @@ class FusedTwoLane(torch.autograd.Function):
 def serial_block_fused(
     x: Tensor, x0: Tensor, w: LayerWeights, layer: Layer, ctx: Context, deltas: Deltas, tap: Tap | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`serial_block` by `FusedSerial`, which has neither taps nor echoes."""
-    if tap is not None or ctx.echo is not None:
+    """`serial_block` by `FusedSerial`, which has no echoes."""
+    if ctx.echo is not None:
         return serial_block(x, x0, w, layer, ctx, deltas, tap)
-    return FusedSerial.apply(BlockCall(layer, ctx), x, x0, *_flatten(w, deltas))
+    return FusedSerial.apply(BlockCall(layer, ctx, tap), x, x0, *_flatten(w, deltas))
 
 
 def two_lane_block_fused(
     x: Tensor, lane: Tensor, x0: Tensor, w: LayerWeights, layer: Layer, ctx: Context, deltas: Deltas, tap: Tap | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`two_lane_block` by `FusedTwoLane`, which has neither taps nor echoes."""
-    if tap is not None or ctx.echo is not None:
+    """`two_lane_block` by `FusedTwoLane`, which has no echoes."""
+    if ctx.echo is not None:
         return two_lane_block(x, lane, x0, w, layer, ctx, deltas, tap)
-    return FusedTwoLane.apply(BlockCall(layer, ctx), x, lane, x0, *_flatten(w, deltas))
+    return FusedTwoLane.apply(BlockCall(layer, ctx, tap), x, lane, x0, *_flatten(w, deltas))
 
 
 class Kernels(NamedTuple):
@@ -3840,7 +3850,7 @@ def train_step(
 
 
 def prime(cfg: Config, run: Run, model: GPT, optimizer: Optimizer, gradients: MicroBatch) -> None:
-    """Untimed steps in each loop mode so that every kernel is built; then weights, momentum and data roll back."""
+    """Untimed steps in each loop mode and a calibration, to build every kernel; weights, momentum and data roll back."""
     if cfg.warmup_steps <= 0:
         return
     weights = {n: p.detach().clone() for n, p in model.named_parameters()}
@@ -3855,6 +3865,8 @@ def prime(cfg: Config, run: Run, model: GPT, optimizer: Optimizer, gradients: Mi
             if step <= 6 or step % 10 == 0 or step == cfg.warmup_steps:
                 run.log(f"{'loop_' if looped else ''}warmup_step: {step}/{cfg.warmup_steps}")
         loader.close()
+    if cfg.max_wallclock_seconds > 0:  # calibration is on the clock, too
+        calibrate(model, itertools.islice(calibration_batches(cfg, run), 1), run)
     with torch.no_grad():
         for n, p in model.named_parameters():
             p.copy_(weights[n])
@@ -4091,10 +4103,14 @@ def calibrate(model: GPT, batches: Iterable[Tensor], run: Run) -> dict[str, Tens
     sums: dict[str, Tensor] = {}
 
     def tap(name: str, x: Tensor) -> None:
-        x = x.reshape(-1, x.size(-1)).float()
+        x = x.reshape(-1, x.size(-1))
         if name not in sums:
-            sums[name] = x.new_zeros(x.size(1), x.size(1))
-        sums[name].addmm_(x.mT, x)
+            sums[name] = x.new_zeros(x.size(1), x.size(1), dtype=torch.float32)
+        if x.is_cuda and x.dtype == torch.bfloat16:  # products are exact and add up in float32, without a copy of x
+            sums[name] += torch.mm(x.mT, x, out_dtype=torch.float32)
+        else:
+            x = x.float()
+            sums[name].addmm_(x.mT, x)
 
     # A rank without a batch of its own still knows every sum's shape: one token, counted zero times.
     model(torch.full((1, 1), BOS, device=run.device), tap=tap)

@@ -361,6 +361,20 @@ def test_interpreted_adapters_learn_the_same(name: str) -> None:
 
 @needs_triton
 @interpreted
+@pytest.mark.parametrize("name", ["record", "narrow gates, smear", "one lane leaves"])
+def test_interpreted_blocks_show_calibration_the_same_inputs(name: str) -> None:
+    plain, fused = (
+        train_gpt.calibrate(model, [torch.from_numpy(documents((8, 8)).astype("int64")).view(2, 8)], LoneRun())
+        for model in plain_and_fused(MODELS[name])
+    )
+    assert plain.keys() == fused.keys()
+    assert {key: h.shape for key, h in plain.items()} == {key: h.shape for key, h in fused.items()}
+    for key, want in plain.items():
+        assert relative_error(fused[key], want) < 1e-4, key
+
+
+@needs_triton
+@interpreted
 def test_interpreted_adapters_learn_the_same_from_a_cached_context() -> None:
     tokens = torch.from_numpy(documents((12, 12)).astype("int64")).view(2, 12)
     results = []
