@@ -3850,7 +3850,7 @@ def train_step(
 
 
 def prime(cfg: Config, run: Run, model: GPT, optimizer: Optimizer, gradients: MicroBatch) -> None:
-    """Untimed steps in each loop mode and a calibration, to build every kernel; weights, momentum and data roll back."""
+    """Untimed steps in each loop mode and a calibration, which build every kernel; weights, momentum, data roll back."""
     if cfg.warmup_steps <= 0:
         return
     weights = {n: p.detach().clone() for n, p in model.named_parameters()}
