@@ -1114,9 +1114,11 @@ class FlashAttention4(PackedAttention):
 # short documents. Tiles follow the packed row, not the documents; a table says which keys a tile sees at all, and
 # which of them all its tokens see. Two backward kernels, one per side, compute the scores twice instead of adding up
 # the queries' gradients with atomics: no float32 buffer, and the same sums every time. On an H200, a record
-# micro-batch (123 GFLOP forward): 0.34 ms forward (360 TFLOP/s), 0.41 + 0.67 backward; FlashAttention-4 0.52 and 1.35.
-# One backward kernel with atomics 1.09 instead; tiles of 64 tokens and keys 0.37 and 0.54 + 1.37; of 128 keys 0.43 and
-# 0.57 + 0.98; a fourth stage of operands 0.35 and 0.44 + 0.72.
+# micro-batch (123 GFLOP forward): 0.34 ms forward (360 TFLOP/s), 0.414 (queries) + 0.669 (keys) backward;
+# FlashAttention-4 0.52 and 1.35. On to the raw queries and keys, through norm, rotation and gain, both backward kernels
+# together 1.210, where that was a step of its own 1.327. One backward kernel with atomics 1.09 for the two; tiles of
+# 64 tokens and keys 0.37 and 0.54 + 1.37; of 128 keys 0.43 and 0.57 + 0.98; a fourth stage of operands 0.35 and
+# 0.44 + 0.72.
 class Spans(NamedTuple):
     """What sees what, in int32; a token sees keys `first` to `last`, a key is seen by tokens `since` to `until`.
 
@@ -1605,9 +1607,10 @@ def down_leaky(grad: Tensor, down: Tensor, pre: Tensor, f: Xielu | None = None) 
 
 
 # ---- 8 bits: e4m3, four significant bits and numbers up to 448 -------------------------------------------------------
-# The products of the normed stream with W_qkv and W_up pay in 8 bits: the kernel that norms the stream rounds it, by a
+# The products of the normed stream with W_qkv and W_up gain by 8 bits: the kernel that norms the stream rounds it, by a
 # fixed factor, and a matrix is rounded once for all visits. On an H200 by cuBLAS, 98,304 tokens: up 0.182 instead of
-# 0.302 ms, queries, keys and values 0.096 instead of 0.169.
+# 0.302 ms, queries, keys and values 0.096 instead of 0.169. A micro-batch on an H100 takes 70.48 instead of 72.06 ms,
+# with the loop 106.1 instead of 108.1. But 300 steps end 1.0 mb worse, and the time saved is worth 0.4: off by default.
 FLOAT8, FLOAT8_MAX = torch.float8_e4m3fn, 448.0
 
 
@@ -2854,7 +2857,8 @@ def two_lane_block(
 # The same two halves as forward and backward functions over tensors, and a block of either kind as one autograd
 # function made of them. Between the matrix products every stream is read and written once; the projections that write
 # to the residual stream add to it in their epilogue, where it is not needed for backward: the norm's gradient comes
-# from its output. A block runs eagerly: at a record micro-batch's size the launches hide behind the kernels.
+# from its output. In training a micro-batch is one CUDA graph (`GraphedMicroBatch`), where that is possible; all else
+# runs eagerly.
 class BlockCall(NamedTuple):
     """The inputs of a fused block that are no tensors."""
 
@@ -3783,7 +3787,9 @@ class MicroBatch:
 
 
 class GraphedMicroBatch(MicroBatch):
-    """The same as one CUDA graph: Python needs about 70 ms to launch its 770 or 1,150 kernels, no less than these take.
+    """The same as one CUDA graph: launched one by one, its hundreds of kernels wait for Python.
+
+    On an H200 70.95 ms for 66.85 ms of kernels; on an H100 73.67 (with the loop 111.2), as a graph 72.77 (109.9).
 
     The first micro-batch of a loop mode runs as it is and builds its kernels, the second is recorded; there is one
     graph at a time, which owns the memory of its activations. Its gradients are added to those of the parameters after
