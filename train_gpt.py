@@ -2342,6 +2342,75 @@ def orthogonalize(update: Tensor, steps: int) -> Tensor:
     return x
 
 
+# ---- the update of test-time training's adapters ---------------------------------------------------------------------
+class AdamW(NamedTuple):
+    """Constants of an update (arXiv 1711.05101)."""
+
+    beta1: float
+    beta2: float
+    eps: float
+    decay: float
+
+    def bias(self, steps: Tensor) -> Tensor:
+        """(2,): what the moments sum up to after so many steps."""
+        return 1 - torch.stack((self.beta1**steps, self.beta2**steps))
+
+
+def adamw(
+    c: AdamW, steps: Tensor, rates: Tensor, gradient: Tensor, values: Tensor, live: Tensor, first: Tensor | None,
+    second: Tensor,
+) -> Tensor:  # fmt: skip
+    """Update number `steps` () of values (N, P) and moments in float32, in place; live becomes a copy in its dtype.
+
+    rates (P,): of each column. first: None where beta1 is 0 and the moment the gradient itself.
+    """
+    gradient = gradient.float()
+    bias = c.bias(steps).float()
+    second.mul_(c.beta2).addcmul_(gradient, gradient, value=1 - c.beta2)
+    if first is not None:
+        gradient = first.mul_(c.beta1).add_(gradient, alpha=1 - c.beta1)
+    size = (second / bias[1]).sqrt_().add_(c.eps)
+    values.mul_(1 - c.decay * rates).sub_(rates * (gradient / bias[0]) / size)
+    return live.copy_(values)
+
+
+if triton is not None:
+
+    @triton.jit
+    def adamw_kernel(  # noqa: PLR0913
+        bias_ptr, rates_ptr, grad_ptr, values_ptr, live_ptr, first_ptr, second_ptr, P, beta1, beta2, eps, decay,
+        BLOCK: tl.constexpr,
+    ):  # fmt: skip  # noqa: PLR0913
+        """BLOCK columns of one row; its neighbors in time are the same columns of other rows, with the same rates."""
+        col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        at, inside = tl.program_id(0).to(tl.int64) * P + col, col < P
+        grad = tl.load(grad_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        rate = tl.load(rates_ptr + col, mask=inside, other=0.0)
+        second = tl.load(second_ptr + at, mask=inside, other=0.0)
+        second = second * beta2 + (1 - beta2) * grad * grad
+        tl.store(second_ptr + at, second, mask=inside)
+        if first_ptr is not None:
+            first = tl.load(first_ptr + at, mask=inside, other=0.0)
+            grad = first * beta1 + (1 - beta1) * grad
+            tl.store(first_ptr + at, grad, mask=inside)
+        size = tl.sqrt(second / tl.load(bias_ptr + 1)) + eps
+        values = tl.load(values_ptr + at, mask=inside, other=0.0) * (1 - decay * rate)
+        values -= rate * (grad / tl.load(bias_ptr)) / size
+        tl.store(values_ptr + at, values, mask=inside)
+        tl.store(live_ptr + at, values.to(live_ptr.dtype.element_ty), mask=inside)
+
+
+def adamw_fused(
+    c: AdamW, steps: Tensor, rates: Tensor, gradient: Tensor, values: Tensor, live: Tensor, first: Tensor | None,
+    second: Tensor,
+) -> Tensor:  # fmt: skip
+    """20 bytes a number (28 with a first moment): at 8.4 million numbers a document the time is that of memory."""
+    (n, width), block, bias = values.shape, 1024, c.bias(steps).float()
+    rows = rates, gradient.contiguous(), values, live, first, second
+    adamw_kernel[(n, triton.cdiv(width, block))](bias, *rows, width, *c, block, num_warps=4)
+    return live
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # 5. DATA: shards, packed micro-batches, and the validation text with its bytes
 # --------------------------------------------------------------------------------------------------------------------
@@ -3091,6 +3160,7 @@ class Kernels(NamedTuple):
     merge: Callable[..., Tensor] = merge_skip
     mean_norm: Callable[..., Tensor] = mean_norm
     loss: Callable[..., Tensor] = softcapped_loss
+    adamw: Callable[..., Tensor] = adamw
     fused: bool = False
     why: str = "specification"
 
@@ -3098,7 +3168,7 @@ class Kernels(NamedTuple):
 SPEC = Kernels()
 FUSED = Kernels(
     serial=serial_block_fused, two_lane=two_lane_block_fused, merge=merge_skip_fused, mean_norm=FusedMeanNorm.apply,
-    loss=softcapped_loss_fused, fused=True,
+    loss=softcapped_loss_fused, adamw=adamw_fused, fused=True,
 )  # fmt: skip
 
 
@@ -3295,8 +3365,9 @@ class GPT(nn.Module):
         return self.kernels.mean_norm(x, None)
 
     def trunk(
-        self, tokens: Tensor, docs: Docs | None, adapters: Adapters | None, tap: Tap | None, cache: Cache | None = None
-    ) -> Tensor:
+        self, tokens: Tensor, docs: Docs | None, deltas: Sequence[Deltas] | None, tap: Tap | None,
+        cache: Cache | None = None,
+    ) -> Tensor:  # fmt: skip
         """Token ids (B, T) to final normed hidden states (B, T, D): one loop over the planned visits."""
         cfg, kernels, layers = self.cfg, self.kernels, self.layers()
         seen = cache.seen if cache else 0
@@ -3309,18 +3380,18 @@ class GPT(nn.Module):
             docs = docs._replace(spans=kernels.attention.spans(docs, tokens.numel(), n_keys, group))
         ctx = Context(rope, docs, kernels.attention)
         pasts = cache.pasts if cache else itertools.repeat(None)
-        visit_deltas = adapters.per_visit(self.dtype) if adapters is not None else itertools.repeat(NO_DELTAS)
+        visit_deltas = itertools.repeat(NO_DELTAS) if deltas is None else deltas
         wide = self.float8_layers(layers) if cfg.fp8_forward else [None] * len(layers)
         gates = self.skip_gates.to(self.dtype) if cfg.skip_gates_enabled else [None] * len(self.skip_weights)
         skip_weights = self.skip_weights.to(self.dtype)
 
         x = x0 = self.embed(tokens, tap)
         lane, kept = None, []
-        for visit, deltas, past in zip(self.plan, visit_deltas, pasts, strict=False):
+        for visit, added, past in zip(self.plan, visit_deltas, pasts, strict=False):
             where = ctx._replace(past=past, fp8_forward=wide[visit.layer])
             for switch in self.switches:
                 where = switch.attention(self, visit, where)
-            args = layers[visit.layer], self.layer_constants[visit.layer], where, self.scaled(deltas, visit.layer)
+            args = layers[visit.layer], self.layer_constants[visit.layer], where, self.scaled(added, visit.layer)
             peek = tap and (lambda site, t, i=visit.layer: tap(f"blocks.{i}.{site}", t))
             if visit.two_lane and lane is None:
                 lane = x  # before the skip, which is merged into the attention lane alone
@@ -3383,14 +3454,15 @@ class GPT(nn.Module):
         targets is (B, C) then. reduction: `mean` gives a scalar, `none` the loss of each target. cache: what the rows'
         tokens so far left behind; these go on from there.
         """
-        hidden = self.trunk(tokens, docs, adapters, tap, cache)
+        deltas, head = adapters.pairs() if adapters is not None else (None, None)
+        hidden = self.trunk(tokens, docs, deltas, tap, cache)
         if at is not None:
             hidden = hidden.gather(1, at.unsqueeze(-1).expand(-1, -1, hidden.size(-1)))
         if tap is not None:
             tap("head", hidden)
         embedding, cap = self.tok_emb.weight.to(self.dtype), self.cfg.logit_softcap
-        if adapters is not None:  # few positions: the logits may stand in memory
-            logits = F.linear(hidden, embedding) + low_rank(hidden, adapters.head(self.dtype))
+        if head is not None:  # few positions: the logits may stand in memory
+            logits = F.linear(hidden, embedding) + low_rank(hidden, head)
             logits = cap * torch.tanh(logits.float() / cap)
             if targets is None:
                 return logits
@@ -3856,7 +3928,7 @@ def train_step(
 
 
 def prime(cfg: Config, run: Run, model: GPT, optimizer: Optimizer, gradients: MicroBatch) -> None:
-    """Untimed steps in each loop mode and a calibration, which build every kernel; weights, momentum, data roll back."""
+    """Untimed steps in each loop mode and a calibration build every kernel; weights, momentum and data roll back."""
     if cfg.warmup_steps <= 0:
         return
     weights = {n: p.detach().clone() for n, p in model.named_parameters()}
@@ -4689,14 +4761,14 @@ class Specialize(ast.NodeTransformer):
     def fold(self, node: ast.expr) -> ast.expr:
         self.generic_visit(node)
         if isinstance(node, ast.BoolOp):  # a constant that decides ends the rest, one that does not falls out
-            decides = isinstance(node.op, ast.Or)
+            decides, last = isinstance(node.op, ast.Or), node.values[-1]
             kept = []
             for v in node.values:
-                if not isinstance(v, ast.Constant):
+                number = v is last and not isinstance(getattr(v, "value", True), bool)  # of `x or 0`
+                if not isinstance(v, ast.Constant) or number:
                     kept.append(v)
                 elif bool(v.value) is decides:
                     return v if not kept else ast.BoolOp(node.op, [*kept, v])
-            last = node.values[-1]
             return ast.BoolOp(node.op, kept) if len(kept) > 1 else kept[0] if kept else last
         constant = all(
             isinstance(c, ast.Constant | ast.operator | ast.unaryop | ast.cmpop) for c in ast.iter_child_nodes(node)
@@ -4885,99 +4957,124 @@ def windows(n_targets: int, chunk_size: int, context: int) -> list[Window]:
 ADAPTED = ("q", "k", "v", "attn_bypass", "mlp_bypass")
 
 
+class Piece(NamedTuple):
+    """One low-rank matrix in a row of adapters."""
+
+    site: str
+    side: str  # A or B
+    layer: int | None  # the head has none
+    shape: tuple[int, int]
+
+
 class Adapters:
     """A low-rank pair per visit and site and one for the head, a set for each of N documents (LoRA, arXiv 2106.09685).
 
-    A (S, N, R, in) starts the same for every document, from the seed alone; B (S, N, out, R) starts at zero, so new
-    adapters change nothing. All in float32. `layers` (of each visit) is read where layers learn at rates of their own:
-    then there are tensors for each layer, SITE.SIDE.LAYER, else one for all visits.
+    A (R, in) starts the same for every document, from the seed alone; B (out, R) starts at zero, so new adapters change
+    nothing. All that belongs to a document is a row: of the `values` (N, P), in float32, of `live`, which is what a
+    model reads in its own dtype and has the gradient, and of the optimizer's moments. One update serves all, and
+    documents come and go in the same memory, which a CUDA graph needs.
     """
 
     def __init__(
-        self, cfg: Config, n_docs: int, n_visits: int, device: torch.device | str = "cpu", layers: Sequence[int] = ()
-    ):
-        d, kv = cfg.model_dim, cfg.num_kv_heads * cfg.head_dim
+        self, cfg: Config, n_docs: int, layers: Sequence[int], dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ):  # fmt: skip
+        """`layers` of the visits, in their order."""
+        d, kv, rank = cfg.model_dim, cfg.num_kv_heads * cfg.head_dim, cfg.ttt_lora_rank
         wanted = dict(q=True, k=cfg.ttt_k_lora, v=True, attn_bypass=cfg.ttt_o_lora, mlp_bypass=cfg.ttt_mlp_lora)
         outs = dict(q=d, k=kv, v=kv, attn_bypass=d, mlp_bypass=d, head=cfg.vocab_size)
-        self.scale = cfg.ttt_lora_alpha / cfg.ttt_lora_rank if cfg.ttt_lora_alpha else 1.0
-        slots = [f".{layer}" for layer in layers] if cfg.ttt_lora_layer_lr_alpha else [""] * n_visits
-        # The tensors of each visit, in its order; several visits have a row each in the same tensor.
-        self.slots = {name: slots for name in ADAPTED if wanted[name]} | {"head": [""]}
-        g = torch.Generator().manual_seed(cfg.seed)
-        self.tensors: dict[str, Tensor] = {}
-        for name, mine in self.slots.items():
-            a = (2 * torch.rand(len(mine), 1, cfg.ttt_lora_rank, d, generator=g) - 1) / d**0.5
-            for slot in dict.fromkeys(mine):
-                rows = [i for i, s in enumerate(mine) if s == slot]
-                self.tensors[f"{name}.A{slot}"] = a[rows].to(device).expand(-1, n_docs, -1, -1).contiguous()
-                self.tensors[f"{name}.B{slot}"] = torch.zeros(
-                    len(rows), n_docs, outs[name], cfg.ttt_lora_rank, device=device
-                )
+        self.cfg, self.dtype = cfg, dtype
+        self.scale = cfg.ttt_lora_alpha / rank if cfg.ttt_lora_alpha else 1.0
+        self.visits = {name: [*layers] for name in ADAPTED if wanted[name]} | {"head": [None]}
+        self.pieces, start, g = [], [], torch.Generator().manual_seed(cfg.seed)
+        for site, mine in self.visits.items():
+            a = (2 * torch.rand(len(mine), rank, d, generator=g) - 1) / d**0.5
+            start += [a.flatten(), torch.zeros(len(mine) * outs[site] * rank)]
+            self.pieces += [Piece(site, "A", layer, (rank, d)) for layer in mine]
+            self.pieces += [Piece(site, "B", layer, (outs[site], rank)) for layer in mine]
+        self.sizes = [math.prod(p.shape) for p in self.pieces]
+        rates = torch.tensor([adapter_lr(p.side, p.layer, cfg) for p in self.pieces])
+        self.start = torch.cat(start).to(device)
+        self.rates = rates.repeat_interleave(torch.tensor(self.sizes)).to(device)
+        self.steps = torch.zeros((), dtype=torch.float64, device=device)
+        self.room: dict[str, Tensor] = {}
+        self.make_room(n_docs)
+        self.restart(n_docs)
 
-    def parameters(self) -> list[Tensor]:
-        return list(self.tensors.values())
+    def make_room(self, n_docs: int) -> None:
+        """For up to `n_docs` documents."""
+        wanted = dict(first=self.cfg.ttt_beta1 > 0, second=self.cfg.ttt_optimizer == "adam")
+        room = lambda dtype: torch.empty(n_docs, len(self.start), dtype=dtype, device=self.start.device)
+        self.room = {name: room(torch.float32) for name in ("values", *(n for n, want in wanted.items() if want))}
+        self.room["live"] = self.room["values"] if self.dtype == torch.float32 else room(self.dtype)
 
-    def _side(self, name: str, side: str, dtype: torch.dtype) -> list[Tensor]:
-        """A or B of each visit, B with the scale of the whole product."""
-        slots, rows = self.slots[name], {}
-        for slot in set(slots):
-            whole = self.tensors[f"{name}.{side}{slot}"]
-            whole = whole if side == "A" or self.scale == 1 else self.scale * whole
-            rows[slot] = iter(whole.to(dtype).unbind(0))
-        return [next(rows[slot]) for slot in slots]
+    def restart(self, n_docs: int) -> None:
+        """`n_docs` documents that have learned nothing."""
+        if n_docs > len(self.room["values"]):
+            self.make_room(n_docs)
+        self.resize(n_docs)
+        self.values.copy_(self.start)
+        self.live.detach().copy_(self.values)
+        for moment in (self.first, self.second, self.steps):
+            if moment is not None:
+                moment.zero_()
 
-    def _pairs(self, name: str, dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor] | None]:
-        if name not in self.slots:
-            return itertools.repeat(None)
-        return zip(*(self._side(name, side, dtype) for side in "AB"), strict=True)
+    def resize(self, n_docs: int) -> None:
+        rows = {name: t[:n_docs] for name, t in self.room.items()}
+        self.values, self.first, self.second = rows["values"], rows.get("first"), rows.get("second")
+        self.live = rows["live"].detach().requires_grad_()
 
-    def per_visit(self, dtype: torch.dtype) -> Iterator[Deltas]:
-        return itertools.starmap(Deltas, zip(*(self._pairs(name, dtype) for name in ADAPTED), strict=False))
+    def keep(self, rows: Tensor) -> None:
+        """Goes on with these documents alone."""
+        for t in set(self.room.values()):  # in float32 values and live are one
+            t[: len(rows)] = t[rows]
+        self.resize(len(rows))
 
-    def head(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        return next(iter(self._pairs("head", dtype)))
+    def row(self, i: int) -> Adapters:
+        """Those of one document, to read."""
+        alone = copy.copy(self)
+        alone.live = self.live[i : i + 1]
+        return alone
 
-    def requires_grad(self) -> Adapters:
-        for t in self.tensors.values():
-            t.requires_grad_(True)
-        return self
+    def pairs(self) -> tuple[list[Deltas], tuple[Tensor, Tensor]]:
+        """What each visit adds, and the head: views of `live`, split once, so that its gradient is joined once."""
+        parts: dict[tuple[str, str], list[Tensor]] = {}
+        for p, part in zip(self.pieces, self.live.split(self.sizes, 1), strict=True):
+            matrix = part.unflatten(1, p.shape)
+            scaled = matrix if p.side == "A" or self.scale == 1 else self.scale * matrix
+            parts.setdefault((p.site, p.side), []).append(scaled)
+        pairs = {site: [*zip(parts[site, "A"], parts[site, "B"], strict=True)] for site in self.visits}
+        (head,) = pairs.pop("head")
+        return [Deltas(**dict(zip(pairs, row, strict=True))) for row in zip(*pairs.values(), strict=True)], head
+
+    @torch.no_grad()
+    def step(self, gradient: Tensor, adamw: Callable[..., Tensor]) -> None:
+        """One update of all documents by the gradient of `live`: AdamW, or SGD with momentum TTT_BETA1."""
+        cfg = self.cfg
+        if cfg.ttt_optimizer == "sgd":
+            gradient = gradient.float().add(self.values, alpha=cfg.ttt_weight_decay)
+            if self.first is not None:
+                gradient = self.first.mul_(cfg.ttt_beta1).add_(gradient)
+            self.values.addcmul_(self.rates, gradient, value=-1)
+            self.live.copy_(self.values)
+            return
+        self.steps += 1
+        constants = AdamW(cfg.ttt_beta1, cfg.ttt_beta2, 1e-10, cfg.ttt_weight_decay)
+        adamw(constants, self.steps, self.rates, gradient, self.values, self.live, self.first, self.second)
 
 
-def adapter_lr(name: str, cfg: Config) -> float:
-    """Learning rate of the tensor SITE.SIDE or SITE.SIDE.LAYER: a slope over the layers, and more of it for B.
+def adapter_lr(side: str, layer: int | None, cfg: Config) -> float:
+    """Learning rate of a matrix: a slope over the layers, and more of it for B.
 
     The slope is #1695's, the ratio LoRA+'s (arXiv 2402.12354), the scale TTT_LORA_ALPHA that of #1767. None was
     published apart from the changes it came with. The head has no layer and keeps TTT_LORA_LR. The decoupled decay goes
     along with the rate.
     """
-    _, side, *layer = name.split(".")
-    slope = cfg.ttt_lora_layer_lr_alpha * int(layer[0]) / max(cfg.num_layers - 1, 1) if layer else 0.0
+    slope = cfg.ttt_lora_layer_lr_alpha * (layer or 0) / max(cfg.num_layers - 1, 1)
     return cfg.ttt_lora_lr * (1 + slope) * (cfg.lora_plus_ratio if side == "B" else 1.0)
 
 
-def adapter_optimizer(adapters: Adapters, cfg: Config) -> torch.optim.Optimizer:
-    """AdamW, or SGD with momentum TTT_BETA1, over all adapters; those of one learning rate are one group."""
-    rates: dict[float, list[Tensor]] = {}
-    for name, t in adapters.tensors.items():
-        rates.setdefault(adapter_lr(name, cfg), []).append(t)
-    groups, decay = [dict(params=params, lr=lr) for lr, params in rates.items()], cfg.ttt_weight_decay
-    if cfg.ttt_optimizer == "sgd":
-        return torch.optim.SGD(groups, cfg.ttt_lora_lr, momentum=cfg.ttt_beta1, weight_decay=decay)
-    betas, fused = (cfg.ttt_beta1, cfg.ttt_beta2), adapters.parameters()[0].is_cuda
-    return torch.optim.AdamW(groups, cfg.ttt_lora_lr, betas, eps=1e-10, weight_decay=decay, fused=fused)
-
-
-def keep_documents(adapters: Adapters, optimizer: torch.optim.Optimizer, rows: Tensor) -> None:
-    """Drops the documents that are not in `rows` from the adapters and from their optimizer's state."""
-    renewed = {}
-    for name, old in adapters.tensors.items():
-        new = renewed[old] = old.detach()[:, rows].requires_grad_(True)
-        state = optimizer.state.pop(old, {})
-        same = {k: isinstance(s, Tensor) and s.shape == old.shape for k, s in state.items()}
-        optimizer.state[new] = {k: s[:, rows] if same[k] else s for k, s in state.items()}
-        adapters.tensors[name] = new
-    for group in optimizer.param_groups:
-        group["params"] = [renewed[old] for old in group["params"]]
+Part = tuple[Document, Window | None, bool]  # a document, its window of a chunk if it has one, whether there are later
 
 
 class Chunk(NamedTuple):
@@ -5102,7 +5199,7 @@ class TapIn:
             plan = windows(d.n_targets, cfg.ttt_chunk_size, cfg.ttt_eval_seq_len)
             self.of[d] = document_hints(x, np.repeat([w.start for w in plan], [w.count for w in plan]), cfg)
 
-    def chunk(self, parts: Sequence[tuple[Document, Window | None, bool]]) -> tuple[Tensor, Tensor]:
+    def chunk(self, parts: Sequence[Part]) -> tuple[Tensor, Tensor]:
         """Tokens and shares (N, C) of one chunk, on the device."""
         tokens = np.zeros((len(parts), self.cfg.ttt_chunk_size), np.int64)
         shares = np.zeros(tokens.shape, np.float32)
@@ -5130,38 +5227,76 @@ class TapIn:
         self.scorer.run.log(f"tapin: hints counted at {used:.0f} of {n_targets} targets ({used / n_targets:.2%})")
 
 
+def padded_window(length: int, step: int) -> int:
+    """Kernels want sizes that divide well, the allocator few of them: steps double beyond eight of them."""
+    while step > 1 and length > 8 * step:
+        step *= 2
+    return math.ceil(length / step) * step
+
+
 class TestTimeScorer:
     """Scores batches of documents, each with adapters of its own that learn from what has been scored."""
 
     def __init__(self, model: GPT, val: ValidationSet, cfg: Config, run: Run):
         self.model, self.val, self.cfg, self.run = model, val, cfg, run
         self.tokens = torch.from_numpy(val.tokens.astype(np.int32)).to(run.device)
-        # Kernels want sizes that divide well, the allocator few of them: windows are padded to multiples of this.
         self.cached = cfg.ttt_context == "cached"
         self.window_step = min(64, cfg.ttt_eval_seq_len) if model.kernels.fused and not self.cached else 1
         self.byte_sums = np.concatenate([[0], np.cumsum(val.token_bytes)])
         self.audit: Any = None  # an Audit; named here, it would stay in the submission
         self.tapin = TapIn(self) if cfg.tapin_enabled else None
+        layers = [v.layer for v in model.plan]
+        self.adapters = Adapters(cfg, 1, layers, model.dtype, run.device)
 
     def bytes_of(self, doc: Document) -> int:
         """Original bytes of a document's targets."""
         return int(self.byte_sums[doc.start + doc.n_targets + 1] - self.byte_sums[doc.start + 1])
 
-    def run_batch(self, docs: Sequence[Document]) -> Meter:
-        """All targets of `docs`, in order; a document's tokens influence only its own later chunks."""
-        cfg, meter = self.cfg, Meter(self.run.device)
-        layers = [v.layer for v in self.model.plan]
-        adapters = Adapters(cfg, len(docs), len(layers), self.run.device, layers).requires_grad()
-        optimizer = adapter_optimizer(adapters, cfg)
-        cache = Cache(len(self.model.plan)) if self.cached else None
+    def prepare(self, batches: Sequence[Sequence[Document]]) -> None:
+        """What is done once, off the clock, when all kernels are built."""
+
+    def schedule(self, docs: Sequence[Document]) -> Iterator[tuple[list[int] | None, list[Part]]]:
+        """For each chunk which rows of the one before go on (None: all), then the parts of those.
+
+        The batch is halved whenever no more than half of it goes on: documents are independent, so nothing changes.
+        """
+        cfg, rows = self.cfg, [*range(len(docs))]
         context = 0 if self.cached else cfg.ttt_eval_seq_len
         plans = [windows(d.n_targets, cfg.ttt_chunk_size, context) for d in docs]
-        rows = list(range(len(docs)))
+        for i in range(max(map(len, plans))):
+            size, kept, active = len(rows), None, [at for at, r in enumerate(rows) if i < len(plans[r])]
+            while size > 2 and len(active) <= size // 2:
+                size = (size + 1) // 2
+            if size < len(rows):
+                kept = active + [at for at, r in enumerate(rows) if i >= len(plans[r])][: size - len(active)]
+                rows = [rows[at] for at in kept]
+            yield kept, [(docs[r], plans[r][i] if i < len(plans[r]) else None, i + 1 < len(plans[r])) for r in rows]
+
+    def width(self, parts: Sequence[Part]) -> int:
+        """Of the padded window that holds those of all parts."""
+        return padded_window(max(w.length for _, w, _ in parts if w), self.window_step)
+
+    def over(self, val: ValidationSet) -> TestTimeScorer:
+        """This scorer, with its adapters and all it has built, on another text."""
+        other = copy.copy(self)
+        other.val, other.tokens = val, torch.from_numpy(val.tokens.astype(np.int32)).to(self.run.device)
+        other.byte_sums = np.concatenate([[0], np.cumsum(val.token_bytes)])
+        other.audit, other.tapin = None, TapIn(other) if self.cfg.tapin_enabled else None
+        return other
+
+    def run_batch(self, docs: Sequence[Document]) -> Meter:
+        """All targets of `docs`, in order; a document's tokens influence only its own later chunks."""
+        cfg, meter, adapters = self.cfg, Meter(self.run.device), self.adapters
+        adapters.restart(len(docs))
+        cache = Cache(len(self.model.plan)) if self.cached else None
         if self.tapin:
             self.tapin.read(docs)
-        for i in range(max(map(len, plans))):
-            rows = self.drop_finished(rows, [len(p) > i for p in plans], adapters, optimizer, cache)
-            parts = [(docs[r], plans[r][i] if i < len(plans[r]) else None, i + 1 < len(plans[r])) for r in rows]
+        for kept, parts in self.schedule(docs):
+            if kept is not None:
+                index = upload(kept, self.run.device)
+                adapters.keep(index)
+                if cache:
+                    cache.keep_rows(index)
             chunk = self.gather(parts)
             if self.tapin:
                 losses, scores = self.tapin.score_chunk(chunk, self.tapin.chunk(parts), adapters, cache)
@@ -5170,7 +5305,7 @@ class TestTimeScorer:
             if not IS_SUBMISSION and self.audit:
                 self.audit.see(parts, chunk, scores, adapters, cache)
             meter.add(scores * chunk.scored, chunk.n_tokens, chunk.n_bytes)
-            self.learn_chunk(chunk, losses, adapters, optimizer, cache)
+            self.learn_chunk(chunk, losses, adapters, cache)
             if cache:
                 cache.commit(chunk.inputs.size(1), cfg.ttt_eval_seq_len - cfg.ttt_chunk_size)
         return meter
@@ -5179,45 +5314,28 @@ class TestTimeScorer:
         """Nats (N, C) of the chunk's targets, with the adapters as they are."""
         return self.model(chunk.inputs, chunk.targets, adapters=adapters, at=chunk.at, reduction="none", cache=cache)
 
-    def learn_chunk(
-        self, chunk: Chunk, losses: Tensor, adapters: Adapters, optimizer: torch.optim.Optimizer, cache: Cache | None
-    ) -> None:
+    def learn_chunk(self, chunk: Chunk, losses: Tensor, adapters: Adapters, cache: Cache | None) -> None:
         """Updates the adapters of the documents that go on, from the losses just scored."""
         if not chunk.goes_on:
             return
         for repeat in range(self.cfg.ttt_grad_steps):
             if repeat:
                 losses = self.score_chunk(chunk, adapters, cache)
-            ((losses * chunk.scored).mean(dim=1) * chunk.learn).sum().backward()
-            optimizer.step()
-            optimizer.zero_grad()
+            self.update(chunk, losses, adapters)
 
-    def drop_finished(
-        self, rows: list[int], going: list[bool], adapters: Adapters, optimizer: torch.optim.Optimizer,
-        cache: Cache | None,
-    ) -> list[int]:  # fmt: skip
-        """Halves the batch whenever no more than half of it goes on: documents are independent, so nothing changes."""
-        size, active = len(rows), [i for i, r in enumerate(rows) if going[r]]
-        while size > 2 and len(active) <= size // 2:
-            size = (size + 1) // 2
-        if size == len(rows):
-            return rows
-        kept = active + [i for i, r in enumerate(rows) if not going[r]][: size - len(active)]
-        index = upload(kept, self.run.device)
-        keep_documents(adapters, optimizer, index)
-        if cache:
-            cache.keep_rows(index)
-        return [rows[i] for i in kept]
+    def update(self, chunk: Chunk, losses: Tensor, adapters: Adapters) -> None:
+        loss = ((losses * chunk.scored).mean(dim=1) * chunk.learn).sum()
+        (gradient,) = torch.autograd.grad(loss, adapters.live)
+        adapters.step(gradient, self.model.kernels.adamw)
 
-    def gather(self, parts: Sequence[tuple[Document, Window | None, bool]]) -> Chunk:
+    def gather(self, parts: Sequence[Part]) -> Chunk:
         """The chunk's tensors; a document without a window (finished) is a row of padding."""
         device, width = self.run.device, self.cfg.ttt_chunk_size
         none = Window(0, 0, 0, 0)
         spans = [(d.start + (w or none).start, *(w or none)[1:]) for d, w, _ in parts]
         # Pinned copies: from pageable memory the host would wait for everything that the device has yet to do.
         start, length, offset, count = upload(spans, device).unsqueeze(-1).unbind(1)  # (N, 1) each
-        longest = max(s[1] for s in spans)
-        column = torch.arange(math.ceil(longest / self.window_step) * self.window_step, device=device)
+        column = torch.arange(self.width(parts), device=device)
         inputs = torch.where(column < length, self.tokens[(start + column).clamp_max(len(self.tokens) - 1)], BOS).long()
         place = torch.arange(width, device=device)
         scored, at = place < count, (offset + place).clamp_max(len(column) - 1)
@@ -5227,6 +5345,84 @@ class TestTimeScorer:
         more = [m for *_, m in parts]
         n_tokens = sum(n for _, n in first)
         return Chunk(inputs, targets, at, scored, upload(more, device), any(more), n_tokens, n_bytes)
+
+
+def captured(work: Callable[[], None], pool: Any) -> Callable[[], None]:
+    """`work` as a CUDA graph and a call that replays it; nothing runs while it is recorded. On the CPU `work` itself.
+
+    Kernels that no call has needed before may be loaded then, which the strict mode forbids.
+    """
+    if pool is None:
+        return work
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="relaxed"):
+        work()
+    return graph.replay
+
+
+class RecordedChunk:
+    """A chunk's scoring and its learning for one shape (documents, window), from inputs that stay in place."""
+
+    def __init__(self, scorer: TestTimeScorer, chunk: Chunk, pool: Any):
+        self.inputs = [t.clone() for t in chunk if isinstance(t, Tensor)]
+        self.chunk = chunk._replace(**dict(zip(Chunk._fields, self.inputs, strict=False)))
+        self.scorer, self.losses = scorer, chunk.scored.new_zeros(())
+        self.score = captured(self.run_score, pool)
+        self.learn = captured(self.run_learn, pool)
+
+    def run_score(self) -> None:
+        self.losses = TestTimeScorer.score_chunk(self.scorer, self.chunk, self.scorer.adapters, None)
+
+    def run_learn(self) -> None:
+        TestTimeScorer.update(self.scorer, self.chunk, self.losses, self.scorer.adapters)
+        self.losses = self.losses.detach()
+
+
+class GraphedScorer(TestTimeScorer):
+    """The same by CUDA graphs: Python needs 95 ms to launch the 2,500 kernels of a chunk, a GPU 10 to 90 to run them.
+
+    All graphs share one memory, because each pair ends before the next begins; the largest is recorded first, so that
+    the others find their place in what it has left.
+    """
+
+    def __init__(self, model: GPT, val: ValidationSet, cfg: Config, run: Run):
+        super().__init__(model, val, cfg, run)
+        self.adapters.make_room(cfg.ttt_batch_size)
+        self.pool = torch.cuda.graph_pool_handle() if run.device.type == "cuda" else None
+        self.recorded: dict[tuple[int, int], RecordedChunk] = {}
+
+    def at(self, chunk: Chunk) -> RecordedChunk:
+        shape = tuple(chunk.inputs.shape)
+        if shape not in self.recorded:
+            self.recorded[shape] = RecordedChunk(self, chunk, self.pool)
+        return self.recorded[shape]
+
+    def prepare(self, batches: Sequence[Sequence[Document]]) -> None:
+        """Records the shapes that come up in `batches`."""
+        shapes = {(len(parts), self.width(parts)) for docs in batches for _, parts in self.schedule(docs)}
+        for n, width in sorted(shapes, key=lambda s: (-math.prod(s), s)):
+            self.adapters.restart(n)
+            zeros = lambda *shape: torch.zeros(shape, dtype=torch.long, device=self.run.device)
+            inputs, targets = zeros(n, width), zeros(n, self.cfg.ttt_chunk_size)
+            self.at(Chunk(inputs, targets, targets, targets > 0, zeros(n) > 0, True, 0, 0))
+
+    def score_chunk(self, chunk: Chunk, adapters: Adapters, cache: Cache | None) -> Tensor:
+        if adapters is not self.adapters:  # of an audit
+            return super().score_chunk(chunk, adapters, cache)
+        recorded = self.at(chunk)
+        torch._foreach_copy_(recorded.inputs, [t for t in chunk if isinstance(t, Tensor)])
+        recorded.score()
+        return recorded.losses
+
+    def update(self, chunk: Chunk, losses: Tensor, adapters: Adapters) -> None:
+        self.at(chunk).learn()
+
+
+def test_time_scorer(model: GPT, val: ValidationSet, cfg: Config, run: Run) -> TestTimeScorer:
+    """Graphs, where all chunks of one shape are the same work: no switch, hint or cache acts between the kernels."""
+    same = not (model.switches or cfg.tapin_enabled or cfg.ttt_context == "cached")
+    graphed = cfg.cuda_graphs and run.device.type == "cuda" and model.kernels.fused and same
+    return (GraphedScorer if graphed else TestTimeScorer)(model, val, cfg, run)
 
 
 class Audit:
@@ -5279,12 +5475,11 @@ class Audit:
         hints: Sequence[Tensor] | None,
     ) -> None:  # fmt: skip
         """The loss of every token at one place, asked of the code that scores, in pieces of the vocabulary."""
-        began, alone, past = time.monotonic(), copy.copy(adapters), cache and Cache(len(cache.pasts))
+        began, alone, past = time.monotonic(), adapters.row(row), cache and Cache(len(cache.pasts))
         if cache:
             past.seen = cache.seen
             for mine, theirs in zip(past.pasts, cache.pasts, strict=True):
                 mine.kept = theirs.kept and tuple(t[row : row + 1] for t in theirs.kept)
-        alone.tensors = {name: t[:, row : row + 1] for name, t in adapters.tensors.items()}
         nats = []
         for tokens in torch.arange(self.scorer.cfg.vocab_size, device=self.run.device).split(512):
             at = chunk.at[row : row + 1, place : place + 1].expand(1, len(tokens))
@@ -5301,9 +5496,7 @@ class Audit:
 
     def score_again(self, docs: Sequence[Document], before: dict[int, float]) -> None:
         """The batch with other tokens from a position of every second document on, to its end."""
-        other, ordinary = copy.copy(self.scorer), self.scorer.cfg.vocab_size - BOS - 1
-        tokens, other.audit = self.scorer.val.tokens.astype(np.int64), copy.copy(self)
-        other.audit.losses, other.audit.asks, other.audit.times = {}, False, self.times.copy()
+        tokens, ordinary = self.scorer.val.tokens.astype(np.int64), self.scorer.cfg.vocab_size - BOS - 1
         changed: set[int] = set()
         for d in self.rng.sample(docs, math.ceil(len(docs) / 2)):
             # not the first of a chunk: the chunk's own targets before it are what learning too early would change
@@ -5312,10 +5505,9 @@ class Audit:
             shift = self.rng.randrange(1, ordinary)
             tokens[at:end] = (tokens[at:end] - BOS - 1 + shift) % ordinary + BOS + 1
             changed |= set(range(at, end + 1))
-        other.val = replace(other.val, tokens=tokens.astype(np.uint16))
-        other.tokens, other.tapin = torch.from_numpy(tokens.astype(np.int32)).to(self.run.device), None
-        if self.scorer.tapin:
-            other.tapin = TapIn(other)
+        other = self.scorer.over(replace(self.scorer.val, tokens=tokens.astype(np.uint16)))
+        other.audit = copy.copy(self)
+        other.audit.losses, other.audit.asks, other.audit.times = {}, False, self.times.copy()
         other.run_batch(docs)
         moved = {p: abs(other.audit.losses[p] - nats) for p, nats in before.items()}
         kept = [x for p, x in moved.items() if p not in changed]
@@ -5416,13 +5608,13 @@ def adapt_and_score(model: GPT, val: ValidationSet, cfg: Config, run: Run) -> tu
     Within a document each chunk is scored before the adapters learn from it; between phases the base model learns from
     documents whose every token has been scored. Raises Stop unless each target was scored exactly once.
     """
-    scorer = TestTimeScorer(model, val, cfg, run)
-    warm_up_ttt(scorer)
+    documents = sampled_documents(val, cfg)
+    phases = only_batches(plan_phases(documents, cfg), cfg)
+    scorer = test_time_scorer(model, val, cfg, run)
+    warm_up_ttt(scorer, [docs for phase in phases for docs in phase.batches])
     for switch in model.switches:
         switch.begin_scoring(model)  # after the warm-up, whose text is random
     scorer.audit = Audit(scorer) if not IS_SUBMISSION and cfg.audit else None
-    documents = sampled_documents(val, cfg)
-    phases = only_batches(plan_phases(documents, cfg), cfg)
     n_batches = max((n for p in phases for n in p.numbers), default=0)
     prefix = sum(len(b) for p in phases[:-1] for b in p.batches)
     boundaries = list(itertools.accumulate(sum(map(len, p.batches)) for p in phases[:-1]))
@@ -5462,8 +5654,9 @@ def only_batches(phases: list[Phase], cfg: Config) -> list[Phase]:
     return [Phase([b for _, b in pairs], [n for n, _ in pairs])]
 
 
-def warm_up_ttt(scorer: TestTimeScorer) -> None:
-    """Runs every kernel once on random tokens, so that building it is not counted as evaluation."""
+def warm_up_ttt(scorer: TestTimeScorer, batches: Sequence[Sequence[Document]]) -> None:
+    """Runs every kernel once on random tokens, so that building it is not counted as evaluation; then what `batches`
+    of the text let a scorer prepare."""
     run, cfg = scorer.run, scorer.cfg
     run.log("ttt_lora:warming up compile (random tokens, no val data)")
     began = time.monotonic()
@@ -5472,7 +5665,7 @@ def warm_up_ttt(scorer: TestTimeScorer) -> None:
         tokens = rng.integers(BOS + 1, cfg.vocab_size, 8 * cfg.eval_seq_len).astype(np.uint16)
         fake = ValidationSet(tokens, np.ones(len(tokens), np.int64))
         scorer.model.requires_grad_(False)
-        stand_in = TestTimeScorer(scorer.model, fake, cfg, run)
+        stand_in = TestTimeScorer(scorer.model, fake, cfg, run)  # kernels are built by calls of their own
         for size, length in ((4, 3 * cfg.ttt_chunk_size), (6, 6 * cfg.ttt_chunk_size)):
             stand_in.run_batch([Document(i, length) for i in range(size)])
         weights = {n: p.detach().clone() for n, p in scorer.model.named_parameters()}
@@ -5480,6 +5673,7 @@ def warm_up_ttt(scorer: TestTimeScorer) -> None:
         with torch.no_grad():
             for n, p in scorer.model.named_parameters():
                 p.copy_(weights[n])
+        scorer.prepare(batches)
         run.sync()
     run.log(f"ttt_lora:compile warmup done ({time.monotonic() - began:.1f}s)")
 

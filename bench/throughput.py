@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import gc
 import itertools
 import json
@@ -394,6 +395,17 @@ def loss_case(b: Bench) -> Case:
     return Case(args, Cost(flops, n_bytes), Cost(2 * flops, 2 * n_bytes))
 
 
+def adamw_case(b: Bench) -> Case:
+    """The adapters of a full batch of test-time training, with the loop on."""
+    c = b.cfg
+    plan = train_gpt.plan_depth(c.num_layers, c.num_loops, c.loop_start, c.loop_end, c.parallel_start_layer)
+    rows = train_gpt.Adapters(c, c.ttt_batch_size, [v.layer for v in plan], b.run.dtype, b.device)
+    constants = train_gpt.AdamW(c.ttt_beta1, c.ttt_beta2, 1e-10, c.ttt_weight_decay)
+    gradient = b.random(*rows.values.shape, grad=False)
+    args = (constants, rows.steps + 1, rows.rates, gradient, rows.values, rows.live.detach(), rows.first, rows.second)
+    return Case(args, Cost(0, gradient.numel() * (16 + 2 * gradient.element_size())))
+
+
 CASES: dict[str, Callable[[Bench], Case]] = {  # one row per field of `Kernels` that is a function
     "attention": attention_case,
     "serial": serial_case,
@@ -401,6 +413,7 @@ CASES: dict[str, Callable[[Bench], Case]] = {  # one row per field of `Kernels` 
     "merge": merge_case,
     "mean_norm": mean_norm_case,
     "loss": loss_case,
+    "adamw": adamw_case,
 }
 
 
@@ -451,8 +464,8 @@ def passes(function: Callable[..., Any], case: Case) -> Passes:
 
 @torch.no_grad()
 def difference(ours: Callable[..., Any], theirs: Callable[..., Any], case: Case) -> float:
-    """Largest relative distance of the results."""
-    pairs = zip(tensors(ours(*case.args)), tensors(theirs(*case.args)), strict=True)
+    """Largest relative distance of the results, each from inputs of its own: some kernels write over theirs."""
+    pairs = zip(*(tensors(f(*copy.deepcopy(case.args))) for f in (ours, theirs)), strict=True)
     return max(((a.float() - e.float()).norm() / e.float().norm()).item() for a, e in pairs)
 
 
@@ -691,21 +704,28 @@ def long_lengths(b: Bench) -> list[int]:
     return sorted((int(n) for n in lengths), reverse=True)
 
 
-def run_documents(b: Bench, model: GPT, lengths: Sequence[int]) -> float:
-    """Seconds of `run_batch` on one batch of random documents. Raises ValueError unless all is scored and finite."""
+def text_of(b: Bench, lengths: Sequence[int]) -> tuple[ValidationSet, list[Document]]:
+    """Random documents of these lengths."""
     text = np.append(random_text(generator(b.seed, 4), lengths, b.cfg.vocab_size), BOS).astype(np.uint16)
     val = ValidationSet(text, np.where(text == BOS, 0, 3).astype(np.int64))
     starts = itertools.accumulate(lengths, initial=0)
     documents = [Document(start, n) for start, n in zip(starts, lengths, strict=False)]
-    scorer, meter = TestTimeScorer(model, val, b.cfg, b.run), train_gpt.Meter()
+    return val, documents
+
+
+def run_documents(b: Bench, scorer: TestTimeScorer, lengths: Sequence[int]) -> float:
+    """Seconds of `run_batch` on one batch, prepared for. Raises ValueError unless all is scored and finite."""
+    val, documents = text_of(b, lengths)
+    scorer, meter = scorer.over(val), train_gpt.Meter()
+    scorer.prepare([documents])
     spent = seconds(b.run, lambda: meter.merge(scorer.run_batch(documents)))
     if meter.tokens != sum(lengths) or not math.isfinite(meter.loss):
         raise ValueError(f"scored {meter.tokens} of {sum(lengths)} tokens with a loss of {meter.loss}")
     return spent
 
 
-def ttt_row(b: Bench, model: GPT, label: str, batches: Sequence[Sequence[int]]) -> Row:
-    spent = sum(run_documents(b, model, lengths) for lengths in batches)
+def ttt_row(b: Bench, scorer: TestTimeScorer, label: str, batches: Sequence[Sequence[int]]) -> Row:
+    spent = sum(run_documents(b, scorer, lengths) for lengths in batches)
     tokens, n = sum(map(sum, batches)), sum(map(len, batches))
     return {"documents": label, "number": n, "mean tokens": tokens / n, "seconds": spent, "tok/s": tokens / spent}
 
@@ -717,16 +737,16 @@ def long_batches(b: Bench) -> list[list[int]]:
     return [lengths[i : i + size] for i in range(0, len(lengths), size)]
 
 
-def long_rows(b: Bench, model: GPT) -> list[Row]:
+def long_rows(b: Bench, scorer: TestTimeScorer) -> list[Row]:
     """Long documents, cut: the rate until the window is full and the rate from then on give that of whole documents.
 
     The estimate takes it that a finished document makes room for another; --ttt-whole measures instead, in minutes.
     """
     batches, full = long_batches(b), b.cfg.ttt_eval_seq_len
     if b.ttt_whole:
-        return [ttt_row(b, model, "long, whole", batches)]
+        return [ttt_row(b, scorer, "long, whole", batches)]
     n, more = len(batches[0]), b.sizes.long_chunks * b.cfg.ttt_chunk_size
-    rows = [ttt_row(b, model, f"long, first {cut} tokens", [[cut] * n]) for cut in (full, full + more)]
+    rows = [ttt_row(b, scorer, f"long, first {cut} tokens", [[cut] * n]) for cut in (full, full + more)]
     ramp, both = (row["seconds"] / n for row in rows)  # seconds per document
     beyond = max(both - ramp, 1e-9) / more  # seconds per token
     lengths = [length for batch in batches for length in batch]
@@ -742,14 +762,15 @@ def ttt(b: Bench) -> Part:
     """Test-time training with the loop on: warm-up, documents as in FineWeb, long documents."""
     model = random_model(b).requires_grad_(False)
     model.looped = b.cfg.num_loops > 0
-    stand_in = ValidationSet(packed_mix(b.seed, 64, 2, b.cfg.vocab_size), np.ones(65, np.int64))
-    warm = seconds(b.run, lambda: train_gpt.warm_up_ttt(TestTimeScorer(model, stand_in, b.cfg, b.run)))
-    model.requires_grad_(False)
     batches = fineweb_batches(b)
-    first = run_documents(b, model, batches[-1])  # the shortest once, untimed
+    text, documents = text_of(b, batches[-1])
+    scorer = train_gpt.test_time_scorer(model, text, b.cfg, b.run)
+    warm = seconds(b.run, lambda: train_gpt.warm_up_ttt(scorer, [documents]))
+    model.requires_grad_(False)
+    first = run_documents(b, scorer, batches[-1])  # the shortest once, untimed
     yield "ttt warm-up", [{"part": "warm_up_ttt", "seconds": warm}, {"part": "first batch", "seconds": first}]
-    yield "ttt", [ttt_row(b, model, "as in FineWeb", batches)]
-    yield "ttt long", long_rows(b, model)
+    yield "ttt", [ttt_row(b, scorer, "as in FineWeb", batches)]
+    yield "ttt long", long_rows(b, scorer)
 
 
 # ---- quantization ----------------------------------------------------------------------------------------------------

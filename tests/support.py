@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 import train_gpt
-from train_gpt import BOS, GPT, Config, Run
+from train_gpt import BOS, GPT, Adapters, Config, Run
 
 ROOT = Path(__file__).resolve().parent.parent
 TOKENIZER = ROOT / "tokenizer" / "caseops_8192.model"
@@ -112,3 +114,15 @@ def packed(lengths: Sequence[int], n_more: int = 2) -> train_gpt.Docs:
 def relative_error(ours: Tensor, theirs: Tensor | np.ndarray) -> float:
     theirs = torch.as_tensor(theirs).double()
     return float((ours.detach().double() - theirs).norm() / theirs.norm())
+
+
+def named(adapters: Adapters, rows: Tensor) -> dict[str, Tensor]:
+    """SITE.SIDE -> (N, S, ., .): views of rows (N, P), values, moments or gradients, by site and its S visits."""
+    groups = [(".".join(key), [*same]) for key, same in itertools.groupby(adapters.pieces, lambda p: p[:2])]
+    parts = rows.split([len(same) * math.prod(same[0].shape) for _, same in groups], 1)
+    return {k: part.unflatten(1, (len(same), *same[0].shape)) for (k, same), part in zip(groups, parts, strict=True)}
+
+
+def adapters_for(model: GPT, n_docs: int) -> Adapters:
+    """New ones for documents that `model` scores."""
+    return Adapters(model.cfg, n_docs, [v.layer for v in model.plan], model.dtype)

@@ -109,7 +109,9 @@ def test_kernel_table_has_every_kernel_and_a_fused_version_where_one_runs(bench:
         bench.kernels = FUSED
     rows = dict(throughput.kernels(bench))["kernels"]
     assert {row["kernel"] for row in rows} == set(throughput.CASES) >= set(throughput.kernel_fields())
-    assert [row["pass"] for row in rows] == ["forward", "forward + backward"] * len(throughput.CASES)
+    passes = {name: [row["pass"] for row in rows if row["kernel"] == name] for name in throughput.CASES}
+    assert passes.pop("adamw") == ["forward"]
+    assert all(names == ["forward", "forward + backward"] for names in passes.values())
     for row in rows:
         runs = fused and row["kernel"] != "attention"
         assert (row["fused ms"] is not None) == runs

@@ -159,10 +159,11 @@ class Poison:
     __getitem__ = __len__ = __getattr__
 
 
-def test_warm_up_reads_no_validation_text(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", [Scorer, train_gpt.GraphedScorer])
+def test_warm_up_reads_no_validation_text(monkeypatch: pytest.MonkeyPatch, kind: type[Scorer]) -> None:
     """With the warm-up of a GPU, on the specification; it leaves the weights as they were."""
-    model = looped_model()
-    scorer = Scorer(model, validation(documents((9, 5))), model.cfg, LoneRun())
+    model, val = looped_model(), validation(documents((9, 5)))
+    scorer = kind(model, val, model.cfg, LoneRun())
     model.kernels = model.kernels._replace(fused=True)
     scorer.val = scorer.tokens = scorer.byte_sums = Poison()
     before = [p.clone() for p in model.parameters()]
@@ -170,7 +171,7 @@ def test_warm_up_reads_no_validation_text(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(
         model, "forward", lambda *args, inner=model.forward, **how: rows.append(1) or inner(*args, **how)
     )
-    train_gpt.warm_up_ttt(scorer)
+    train_gpt.warm_up_ttt(scorer, [val.documents()])
     assert rows
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 

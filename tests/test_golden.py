@@ -13,11 +13,11 @@ from collections.abc import Callable, Mapping
 import numpy as np
 import pytest
 import torch
-from support import ROOT, LoneRun, documents, packed, relative_error, tiny_model
+from support import ROOT, LoneRun, adapters_for, documents, named, packed, relative_error, tiny_model
 from torch import Tensor
 
 import train_gpt
-from train_gpt import GPT, Adapters, Docs
+from train_gpt import GPT, Docs
 
 SMALL_FILE = ROOT / "tests" / "golden_small.npz"
 FULL_FILE = ROOT.parent / "shared" / "golden" / "golden.npz"
@@ -75,14 +75,15 @@ def test_loss_and_gradients(full: Golden, mode: str) -> None:
 @full_set
 def test_adapted_token_losses(full: Golden) -> None:
     model, (tokens, targets, _) = public_model(full, "looped"), public_text(full)
-    adapters = Adapters(model.cfg, 2, len(model.plan))
+    adapters = adapters_for(model, 2)
+    values = named(adapters, adapters.values)
     for name, public in SITES.items():
         for side in "AB":
             rows = [torch.from_numpy(full[f"ttt.lora.{public}.{i}.{side}"]) for i in range(len(model.plan))]
-            assert adapters.tensors[f"{name}.{side}"].shape == torch.stack(rows).shape
-            adapters.tensors[f"{name}.{side}"] = torch.stack(rows)
+            assert values[f"{name}.{side}"].shape == torch.stack(rows, 1).shape
+            values[f"{name}.{side}"].copy_(torch.stack(rows, 1))
     for side in "AB":
-        adapters.tensors[f"head.{side}"] = torch.from_numpy(full[f"ttt.lora.lm_head_lora.{side}"])[None]
+        values[f"head.{side}"][:, 0] = torch.from_numpy(full[f"ttt.lora.lm_head_lora.{side}"])
     with torch.no_grad():
         losses = model(tokens.view(2, 48), targets.view(2, 48), adapters=adapters, reduction="none")
     assert relative_error(losses, full["ttt.token_loss"]) < 1e-5
@@ -150,10 +151,10 @@ def seeded_values(mode: str) -> dict[str, np.ndarray]:
     loss = model(tokens, targets, docs=docs)
     loss.backward()
     values |= {"loss": loss.detach()} | {f"grad_norm.{n}": p.grad.norm() for n, p in model.named_parameters()}
-    adapters, rng = Adapters(model.cfg, 2, len(model.plan)), np.random.RandomState(13)
-    for name in sorted(adapters.tensors):
-        shape = tuple(adapters.tensors[name].shape)
-        adapters.tensors[name] = torch.from_numpy(0.2 * rng.standard_normal(shape).astype(np.float32))
+    adapters, rng = adapters_for(model, 2), np.random.RandomState(13)
+    for _, part in sorted(named(adapters, adapters.values).items()):
+        visits_first = part.transpose(0, 1)
+        visits_first.copy_(torch.from_numpy(0.2 * rng.standard_normal(visits_first.shape).astype(np.float32)))
     with torch.no_grad():
         values["ttt"] = model(tokens.view(2, 20), targets.view(2, 20), adapters=adapters, reduction="none")
     sums = train_gpt.calibrate(model, [tokens.view(2, 20)], LoneRun())

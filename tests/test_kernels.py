@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import LoneRun, documents, packed, relative_error, tiny_config, tiny_model
+from support import LoneRun, adapters_for, documents, named, packed, relative_error, tiny_config, tiny_model
 from torch import Tensor
 
 import train_gpt
@@ -347,14 +347,11 @@ def test_interpreted_adapters_learn_the_same(name: str) -> None:
     results = []
     for model in plain_and_fused(MODELS[name]):
         model.requires_grad_(False)
-        adapters = train_gpt.Adapters(model.cfg, 2, len(model.plan))
-        g = torch.Generator().manual_seed(3)
-        for t in adapters.parameters():
-            t += 0.1 * torch.randn(t.shape, generator=g)
-        adapters.requires_grad()
+        adapters = adapters_for(model, 2)
+        adapters.values.add_(torch.randn(adapters.values.shape, generator=torch.Generator().manual_seed(3)), alpha=0.1)
         losses = model(tokens, tokens.roll(-1, 1), adapters=adapters, reduction="none")
         losses.sum().backward()
-        results.append({"loss": losses.detach(), **{k: t.grad for k, t in adapters.tensors.items()}})
+        results.append({"loss": losses.detach(), **named(adapters, adapters.live.grad)})
     for key, want in results[0].items():
         assert relative_error(results[1][key], want) < 1e-4, key
 
@@ -380,15 +377,13 @@ def test_interpreted_adapters_learn_the_same_from_a_cached_context() -> None:
     results = []
     for model in plain_and_fused({}):
         model.requires_grad_(False)
-        adapters, cache = train_gpt.Adapters(model.cfg, 2, len(model.plan)), train_gpt.Cache(len(model.plan))
-        for t in adapters.parameters():
-            t += 0.1
-        adapters.requires_grad()
+        adapters, cache = adapters_for(model, 2), train_gpt.Cache(len(model.plan))
+        adapters.values.add_(0.1)
         for part in tokens.split(4, dim=1):
             losses = model(part, part.roll(-1, 1), adapters=adapters, reduction="none", cache=cache)
             losses.sum().backward()
             cache.commit(4, 8)
-        results.append({"loss": losses.detach(), **{k: t.grad for k, t in adapters.tensors.items()}})
+        results.append({"loss": losses.detach(), **named(adapters, adapters.live.grad)})
     for key, want in results[0].items():
         assert relative_error(results[1][key], want) < 1e-4, key
 
@@ -451,8 +446,7 @@ def test_interpreted_scores_and_test_time_training_have_no_8_bits(monkeypatch: p
     with torch.no_grad():
         assert torch.equal(fused(tokens), other(tokens))
     assert torch.equal(fused(tokens), other.eval()(tokens))
-    adapters = train_gpt.Adapters(fused.cfg, 2, len(fused.plan))
-    adapters.requires_grad()
+    adapters = adapters_for(fused, 2)
     assert [train_gpt.new_model(fused.cfg, LoneRun(), new).training for new in (False, True)] == [False, True]
     frozen = other.train().requires_grad_(False)
     assert torch.equal(fused(tokens, adapters=adapters), frozen(tokens, adapters=adapters))
@@ -643,3 +637,27 @@ def test_a_graph_does_what_its_micro_batch_does_and_builds_nothing_after_the_sec
             built = kernels_built()
         assert step in (0, 3) or kernels_built() == built
     assert built > 10
+
+
+@gpu
+@needs_cuda
+@pytest.mark.slow
+def test_graphs_of_test_time_training_do_what_its_chunks_do_and_build_nothing() -> None:
+    """Documents that end at different times, longer than the context, in batches of two sizes."""
+    changes = dict(ttt_lora_rank=16, ttt_chunk_size=16, ttt_eval_seq_len=128, ttt_batch_size=8, ttt_lora_lr=1e-3)
+    cfg, cuda = tiny_config(model_dim=256, rope_dims=16, **changes), torch.device("cuda")
+    model = GPT(cfg, choose_kernels(cfg, cuda), torch.bfloat16)
+    model.load_state_dict(tiny_model(model_dim=256, rope_dims=16).state_dict())
+    model.place(cuda).requires_grad_(False)
+    model.looped, run = True, LoneRun(cuda, torch.bfloat16)
+    tokens = documents((300, 200, 150, 90, 70, 60, 33, 20, 18, 17, 16, 15, 9))
+    val = train_gpt.ValidationSet(tokens, (tokens != train_gpt.BOS).astype("int64"))
+    docs = val.documents()
+    plain, graphed = (kind(model, val, cfg, run) for kind in (train_gpt.TestTimeScorer, train_gpt.GraphedScorer))
+    batches = [docs[:8], docs[8:], docs[:8]]
+    want = [plain.run_batch(batch).loss for batch in batches]
+    built = kernels_built()
+    graphed.prepare(batches)
+    shapes = len(graphed.recorded)
+    assert [graphed.run_batch(batch).loss for batch in batches] == pytest.approx(want, rel=2e-3)
+    assert len(graphed.recorded) == shapes > 5 and kernels_built() == built > 10

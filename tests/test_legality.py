@@ -149,10 +149,9 @@ def learn_first(scorer: Scorer, chunk: Any, adapters: Any, cache: Any) -> Tensor
     """A step on the chunk, then its score; whoever only asks sees no step."""
     if not torch.is_grad_enabled():
         return forward(scorer, chunk, adapters)
-    tensors = adapters.parameters()
     loss = forward(scorer, chunk, adapters)
-    for t, g in zip(tensors, torch.autograd.grad((loss * chunk.scored).sum(), tensors), strict=True):
-        t.data -= 0.05 * g
+    (gradient,) = torch.autograd.grad((loss * chunk.scored).sum(), adapters.live)
+    adapters.values -= 0.05 * gradient
     return forward(scorer, chunk, adapters)
 
 
@@ -163,8 +162,7 @@ def forward(scorer: Scorer, chunk: Any, adapters: Any) -> Tensor:
 def share_adapters(scorer: Scorer, chunk: Any, adapters: Any, cache: Any) -> Tensor:
     """Documents of a batch learn from one another: the score of one depends on the later chunks of another."""
     losses = forward(scorer, chunk, adapters)
-    for t in adapters.parameters():
-        t.data += 0.2 * (t.data.mean(1, keepdim=True) - t.data)
+    adapters.values.data += 0.2 * (adapters.values.mean(0) - adapters.values)
     return losses + 1e-3 * chunk.inputs.float().mean()  # and from their text
 
 
@@ -244,19 +242,19 @@ def weights_at_scores(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return all(x.shape != y.shape or torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
     def scoring(scorer: Scorer, chunk: Any, adapters: Any, cache: Any) -> Tensor:
-        now, mine = state(list(scorer.model.parameters())), state(adapters.parameters())
+        now, mine = state(list(scorer.model.parameters())), state([adapters.values])
         if not same(known.setdefault("base", now), now):
             faults.append("the base changed outside of its learning")
-        if known.get("adapters of") is adapters and not same(known["adapters"], mine):
+        if known.get("adapters of") == adapters.steps.item() > 0 and not same(known["adapters"], mine):
             faults.append("adapters changed outside of their learning")
         losses = score_chunk(scorer, chunk, adapters, cache)
-        if not same(state(adapters.parameters()), mine):
+        if not same(state([adapters.values]), mine):
             faults.append("adapters changed while scoring")
         return losses
 
     def learning(scorer: Scorer, chunk: Any, losses: Any, adapters: Any, *rest: Any) -> None:
         learn_chunk(scorer, chunk, losses, adapters, *rest)
-        known["adapters of"], known["adapters"] = adapters, state(adapters.parameters())
+        known["adapters of"], known["adapters"] = adapters.steps.item(), state([adapters.values])
 
     def base_learning(*args: Any) -> None:
         base(*args)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from slow_model import SlowModel
-from support import documents, packed, relative_error, tiny_config, tiny_model
+from support import adapters_for, documents, named, packed, relative_error, tiny_config, tiny_model
 from torch import Tensor
 
 import train_gpt
@@ -146,9 +146,9 @@ def test_smear_stops_at_a_document_start() -> None:
 
 # ---- adapters, taps, positions ---------------------------------------------------------------------------------------
 def filled_adapters(model: GPT, n_docs: int, seed: int = 0) -> Adapters:
-    adapters = Adapters(model.cfg, n_docs, len(model.plan))
+    adapters = adapters_for(model, n_docs)
     g = torch.Generator().manual_seed(seed)
-    for name, t in adapters.tensors.items():
+    for name, t in named(adapters, adapters.values).items():
         t.copy_(torch.randn(t.shape, generator=g) * (0.3 if name.endswith("B") else 0.2))
     return adapters
 
@@ -157,16 +157,16 @@ def filled_adapters(model: GPT, n_docs: int, seed: int = 0) -> Adapters:
 def test_new_adapters_change_nothing(looped: bool) -> None:
     model, batch = tiny_model(**EVERYTHING), torch.cat([row(9, seed=s) for s in (1, 2)])
     model.looped = looped
-    adapters = Adapters(model.cfg, 2, len(model.plan))
+    adapters = adapters_for(model, 2)
     assert torch.allclose(model(batch, adapters=adapters), model(batch), atol=1e-6)
-    assert all((t != 0).any() == name.endswith("A") for name, t in adapters.tensors.items())
+    assert all((t != 0).any() == name.endswith("A") for name, t in named(adapters, adapters.values).items())
 
 
 @pytest.mark.parametrize("site", ["q", "k", "v", "attn_bypass", "mlp_bypass", "head"])
 def test_every_adapter_acts_on_its_own_document_alone(site: str) -> None:
     model, batch = tiny_model(), torch.cat([row(9, seed=s) for s in (1, 2)])
-    adapters, full = Adapters(model.cfg, 2, len(model.plan)), filled_adapters(model, 2)
-    adapters.tensors[f"{site}.B"][:, 1] = full.tensors[f"{site}.B"][:, 1]
+    adapters, full = adapters_for(model, 2), filled_adapters(model, 2)
+    named(adapters, adapters.values)[f"{site}.B"][1] = named(full, full.values)[f"{site}.B"][1]
     plain, adapted = model(batch), model(batch, adapters=adapters)
     assert torch.allclose(adapted[0], plain[0], atol=1e-6)
     assert not torch.allclose(adapted[1], plain[1], atol=1e-3)
@@ -176,10 +176,11 @@ def test_adapters_equal_changed_matrices() -> None:
     """q, k, v and head add to matrices, so merged weights give the same logits; no layer is visited twice here."""
     model, tokens = tiny_model(), row(11)
     adapters = filled_adapters(model, 1)
+    values = named(adapters, adapters.values)
     for bypass in ("attn_bypass.B", "mlp_bypass.B"):
-        adapters.tensors[bypass].zero_()
+        values[bypass].zero_()
     merged, n = tiny_model(), model.cfg.num_layers
-    product = {k: adapters.tensors[f"{k}.B"][:, 0] @ adapters.tensors[f"{k}.A"][:, 0] for k in ("q", "k", "v", "head")}
+    product = {k: values[f"{k}.B"][0] @ values[f"{k}.A"][0] for k in ("q", "k", "v", "head")}
     with torch.no_grad():
         merged.qo_bank[:n] += product["q"]
         merged.kv_bank[:n] += product["k"]

@@ -290,6 +290,7 @@ def test_conditions_fold() -> None:
         "x = 1 if c.b == 3 else 2": "x = 1", "x = c.a or g": "x = g", "x = not c.a": "x = True",
         "x = [(c.a, 's'), (g, 't')]": "x = [(g, 't')]", "f('a', ('a', 'z'), a=1, z=2)": "f('a', ('z',), z=2)",
         "if not c.a and g:\n x()": "if g:\n x()", "x = d.z": "x = d.z",
+        "x = (g or 0) * c.b": "x = (g or 0) * 3", "x = c.a or 0": "x = 0", "x = g and c.b": "x = g and 3",
     }  # fmt: skip
     for before, after in cases.items():
         tree = train_gpt.Specialize(dict(a=False, b=3)).visit(ast.parse(before))

@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import LoneRun, documents, tiny_config, tiny_model
+from support import LoneRun, documents, named, tiny_config, tiny_model
 from torch import Tensor
 
 import train_gpt
@@ -30,6 +30,7 @@ from train_gpt import (
 )
 from train_gpt import TestTimeScorer as Scorer  # under its own name it would look like a class of tests
 
+VISITED = [0, 1, 2, 3, 2, 3, 4, 5]  # layers, by the tiny model's looped plan
 LENGTHS = (9, 2, 21, 1, 14, 5, 17, 3, 30, 8)  # shorter than a chunk, longer than the context, a lone document start
 
 
@@ -349,23 +350,69 @@ def test_padding_of_the_windows_changes_nothing(recorder: Recorder, step: int) -
     assert all(padded[p] == pytest.approx(exact[p], abs=1e-4) for p in exact)
 
 
+@pytest.mark.parametrize("grad_steps", [1, 2])
+def test_recorded_chunks_score_and_learn_the_same(recorder: Recorder, grad_steps: int) -> None:
+    """The shapes are those of graphs on a GPU; here they run as they are, from inputs that stay in place."""
+    model, val = looped_model(ttt_grad_steps=grad_steps), validation(documents(LENGTHS))
+    docs, results = val.documents(), []
+    for kind in (Scorer, train_gpt.GraphedScorer):
+        scorer = kind(model, val, model.cfg, LoneRun())
+        scorer.window_step = 4
+        for batch in (docs[:3], docs[3:6], docs[6:], docs[:3]):
+            scorer.run_batch(batch)
+        results.append(recorder.rows)
+        recorder.rows = []
+    scorer.recorded.clear()
+    scorer.prepare([docs[:3], docs[3:6], docs[6:]])
+    shapes = list(scorer.recorded)
+    scorer.run_batch(docs[3:6])
+    assert results[0] == results[1]
+    assert list(scorer.recorded) == shapes  # known beforehand
+    assert shapes[0][0] * shapes[0][1] == max(n * width for n, width in shapes)
+    assert len(set(shapes)) >= 5 and all(width % 4 == 0 for _, width in shapes)
+
+
+def test_windows_are_padded_to_few_lengths() -> None:
+    lengths = {train_gpt.padded_window(n, 64) for n in range(1, 2049)}
+    assert len(lengths) == 16 and max(lengths) == 2048
+    assert all(n <= train_gpt.padded_window(n, 64) < n + max(64, n / 4) for n in range(1, 5000))
+    assert [train_gpt.padded_window(n, 1) for n in (1, 100, 2047)] == [1, 100, 2047]
+
+
 def test_adapters_start_alike_and_from_the_seed() -> None:
-    a, b, c = Adapters(tiny_config(), 3, 8), Adapters(tiny_config(), 2, 8), Adapters(tiny_config(seed=1), 2, 8)
+    made = (
+        Adapters(tiny_config(), 3, VISITED), Adapters(tiny_config(), 2, VISITED),
+        Adapters(tiny_config(seed=1), 2, VISITED),
+    )  # fmt: skip
+    a, b, c = (named(x, x.values) for x in made)
     for name in ("q.A", "head.A"):
-        x = a.tensors[name]
-        assert torch.equal(x[:, 0], x[:, 2])
-        assert torch.equal(x[:, :2], b.tensors[name])
-        assert not torch.equal(b.tensors[name], c.tensors[name])
+        x = a[name]
+        assert torch.equal(x[0], x[2])
+        assert torch.equal(x[:2], b[name])
+        assert not torch.equal(b[name], c[name])
         assert x.abs().max() <= 32**-0.5
-    assert a.tensors["k.B"].shape == (8, 3, 16, 3)
-    assert a.tensors["head.B"].shape == (1, 3, 128, 3)
+    assert a["k.B"].shape == (3, 8, 16, 3)
+    assert a["head.B"].shape == (3, 1, 128, 3)
+
+
+def test_adapters_start_again_and_grow() -> None:
+    adapters = Adapters(tiny_config(ttt_beta1=0.9), 1, VISITED)
+    start = adapters.values.clone()
+    adapters.step(torch.ones_like(adapters.values), train_gpt.adamw)
+    assert not torch.equal(adapters.values, start)
+    for n in (1, 3, 2):
+        adapters.restart(n)
+        assert torch.equal(adapters.values, start.expand(n, -1)) and torch.equal(adapters.live, adapters.values)
+        assert adapters.steps == adapters.first.abs().sum() == adapters.second.abs().sum() == 0
 
 
 @pytest.mark.parametrize(
     ("knob", "site"), [("ttt_k_lora", "k"), ("ttt_o_lora", "attn_bypass"), ("ttt_mlp_lora", "mlp_bypass")]
 )
 def test_sites_can_be_left_out(knob: str, site: str) -> None:
-    full, less = (Adapters(tiny_config(**{knob: on}), 1, 8).tensors.keys() for on in (True, False))
+    full, less = (
+        {f"{p.site}.{p.side}" for p in Adapters(tiny_config(**{knob: on}), 1, VISITED).pieces} for on in (True, False)
+    )
     assert full - less == {f"{site}.A", f"{site}.B"}
 
 
