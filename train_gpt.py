@@ -964,6 +964,7 @@ class Docs(NamedTuple):
     max_len: int  # no piece is longer
     key_cu: Tensor | None = None  # the same of keys and values, where there are more of them than queries
     key_max: int = 0
+    unused: Tensor | None = None  # how many of each piece's keys, from its first on, hold nothing yet
     spans: Spans | None = None  # the same as tables, where the attention wants them
 
     @property
@@ -1030,11 +1031,11 @@ def attention_fa4(q: Tensor, k: Tensor, v: Tensor, docs: Docs) -> Tensor:
     return out[0] if isinstance(out, tuple) else out
 
 
-def whole_rows(tokens: Tensor, past: int = 0) -> Docs:
+def whole_rows(tokens: Tensor, past: int = 0, unused: Tensor | None = None) -> Docs:
     """The boundaries of rows (B, T) that are one document each, laid end to end; keys have `past` more in each row."""
     b, t = tokens.shape
     edges = torch.arange(b + 1, dtype=torch.int32, device=tokens.device)
-    return Docs(edges * t, t, edges * (past + t) if past else None, past + t)
+    return Docs(edges * t, t, edges * (past + t) if past else None, past + t, unused)
 
 
 class RawHeads(NamedTuple):
@@ -1051,8 +1052,11 @@ class RawHeads(NamedTuple):
 class PackedAttention:
     """A kind of packed attention as a differentiable function and, for fused blocks, as its two passes.
 
-    The passes have the H heads of queries as G groups of R: q, out and their gradients are (T, G, R, K).
+    The passes have the H heads of queries as G groups of R: q, out and their gradients are (T, G, R, K). A `past` has
+    the keys and values of earlier chunks, which have no gradient.
     """
+
+    in_place = False  # whether a past is read where it lies
 
     def __init__(self, function: Callable[[Tensor, Tensor, Tensor, Docs], Tensor]):
         self.function = function
@@ -1060,16 +1064,28 @@ class PackedAttention:
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, docs: Docs) -> Tensor:
         return self.function(q, k, v, docs)
 
-    def spans(self, docs: Docs, n_queries: int, n_keys: int, heads: int) -> Spans | None:
+    def rows(self, tokens: Tensor, cache: Cache | None) -> Docs:
+        """The boundaries of rows (B, T) that are one document each, with what `cache` has of them."""
+        return whole_rows(tokens, cache.n_kept if cache else 0)
+
+    def spans(self, docs: Docs, n_queries: int, heads: int) -> Spans | None:
         """What of the boundaries the kernels of all visits want ready-made."""
+
+    def keys(self, k: Tensor, v: Tensor, past: Past | None) -> Iterable[Tensor]:
+        """Keys and values (S, G, K) that the chunk's own, (T, G, K), are the last of in each row."""
+        if past is None:
+            return k, v
+        return (t.flatten(0, 1) for t in past.extend(*(t.unflatten(0, (past.n_docs, -1)) for t in (k, v))))
 
     def empty(self, like: Tensor, *shape: int) -> Tensor:
         """Room for (T, G, R, K) in the order in which the kernel wants it."""
         return like.new_empty(shape)
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, docs: Docs) -> tuple[Tensor, Any]:
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, docs: Docs, past: Past | None = None
+    ) -> tuple[Tensor, Any]:
         """-> out and what `backward` needs: here the graph of the function itself."""
-        leaves = [t.detach().requires_grad_() for t in (q.flatten(1, 2), k, v)]
+        leaves = [t.detach().requires_grad_() for t in (q.flatten(1, 2), *self.keys(k, v, past))]
         with torch.enable_grad():
             out = self.function(*leaves, docs)
         return out.detach().view_as(q), (leaves, out)
@@ -1091,9 +1107,12 @@ class PackedAttention:
 class FlashAttention4(PackedAttention):
     """Calls the two kernels themselves."""
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, docs: Docs) -> tuple[Tensor, Any]:
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, docs: Docs, past: Past | None = None
+    ) -> tuple[Tensor, Any]:
         from flash_attn.cute.interface import _flash_attn_fwd
 
+        k, v = self.keys(k, v, past)
         out, lse, *_ = _flash_attn_fwd(q.flatten(1, 2), k, v, return_lse=True, **flash_lengths(docs))
         return out.view_as(q), (q, k, v, lse)
 
@@ -1120,7 +1139,8 @@ class FlashAttention4(PackedAttention):
 # 64 tokens and keys 0.37 and 0.54 + 1.37; of 128 keys 0.43 and 0.57 + 0.98; a fourth stage of operands 0.35 and
 # 0.44 + 0.72.
 class Spans(NamedTuple):
-    """What sees what, in int32; a token sees keys `first` to `last`, a key is seen by tokens `since` to `until`.
+    """What sees what, in int32: a token sees keys `first` to `last` of all there are, and of the T keys of its own row,
+    which alone have gradients, `own` to itself.
 
     The tables have four numbers a tile: partners from the first to the second (whole tiles) concern it, those from the
     third to the fourth all of it.
@@ -1128,8 +1148,9 @@ class Spans(NamedTuple):
 
     first: Tensor  # (T,)
     last: Tensor  # (T,)
+    own: Tensor  # (T,)
     queries: Tensor  # (ceil(T / M), 4)
-    keys: Tensor  # (ceil(S / N), 4)
+    keys: Tensor  # (ceil(T / N), 4): the own ones
 
 
 if triton is not None:
@@ -1155,9 +1176,12 @@ if triton is not None:
 
     @triton.jit
     def seen(first_ptr, last_ptr, token, T, key):
-        """The mask (tokens, keys)."""
+        """The mask (tokens, keys); without `last` a token sees keys up to its own."""
         first = tl.load(first_ptr + token, mask=token < T, other=0)[:, None]
-        last = tl.load(last_ptr + token, mask=token < T, other=-1)[:, None]
+        if last_ptr is None:
+            last = tl.where(token < T, token, -1)[:, None]
+        else:
+            last = tl.load(last_ptr + token, mask=token < T, other=-1)[:, None]
         return (key[None, :] >= first) & (key[None, :] <= last)
 
     @triton.jit
@@ -1264,12 +1288,12 @@ if triton is not None:
 
     @triton.jit
     def attention_key_kernel(  # noqa: PLR0913
-        q, k, v, grad, lse_ptr, delta_ptr, dk_ptr, dv_ptr, first_ptr, last_ptr, tiles_ptr, T, S, scale,
+        q, k, v, grad, lse_ptr, delta_ptr, dk_ptr, dv_ptr, own_ptr, tiles_ptr, T, scale,
         rstd_ptr, cos_ptr, sin_ptr, length, TOKEN: tl.constexpr, ADD_VALUES: tl.constexpr,
         G: tl.constexpr, R: tl.constexpr, K: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
         HALF: tl.constexpr,
     ):  # fmt: skip  # noqa: PLR0913
-        """Gradients of N keys and values, from all heads of their group; all products transposed: keys are rows.
+        """Gradients of N own keys and values, from all heads of their group; all products transposed: keys are rows.
 
         Given a rotation, of the raw keys. ADD_VALUES: to what stands where the gradient of the values goes.
         """
@@ -1295,11 +1319,11 @@ if triton is not None:
             lse = tl.load(lse_ptr + base + row, mask=token < T, other=0.0)
             delta = tl.load(delta_ptr + base + row, mask=token < T, other=0.0)
             p = tl.exp2(tl.dot(keys, queries.T) * factor - lse[None, :])
-            p = tl.where(seen(first_ptr, last_ptr, token, T, key).T, p, 0.0)
+            p = tl.where(seen(own_ptr, None, token, T, key).T, p, 0.0)
             dp = tl.dot(values, g.T)
             dv = tl.dot(p.to(kind), g, dv)
             dk = tl.dot((p * (dp - delta[None, :])).to(kind), queries, dk)
-        live = key < S
+        live = key < T
         at = (key.to(tl.int64) * TOKEN + group * K)[:, None] + tl.arange(0, K)[None, :]
         dk *= scale
         if cos_ptr is not None:
@@ -1317,6 +1341,8 @@ if triton is not None:
 class TritonAttention(PackedAttention):
     """Our own, for Hopper and later."""
 
+    in_place = True
+
     def __init__(self) -> None:
         super().__init__(lambda *args: PackedAttentionFunction.apply(self, *args))
 
@@ -1330,17 +1356,21 @@ class TritonAttention(PackedAttention):
         """M tokens, whose R heads are the 64 rows of a warp group; keys at a time; keys of a program."""
         return (64 // heads, 32, 64) if on_gpu else (4, 8, 16)
 
-    def spans(self, docs: Docs, n_queries: int, n_keys: int, heads: int) -> Spans:
+    def rows(self, tokens: Tensor, cache: Cache | None) -> Docs:
+        return whole_rows(tokens, cache.room, cache.unused) if cache else whole_rows(tokens)
+
+    def spans(self, docs: Docs, n_queries: int, heads: int) -> Spans:
         cu, (key_cu, _) = docs.cu_seqlens, docs.keys
-        token, key = (torch.arange(n, dtype=torch.int32, device=cu.device) for n in (n_queries, n_keys))
-        end, key_end = (torch.searchsorted(c, t, right=True) for c, t in ((cu, token), (key_cu, key)))
-        first, last = key_cu[end - 1], token + key_cu[end] - cu[end]
-        since = torch.maximum(cu[key_end - 1], key + cu[key_end] - key_cu[key_end])
+        token = torch.arange(n_queries, dtype=torch.int32, device=cu.device)
+        end = torch.searchsorted(cu, token, right=True)
+        own, first, last = cu[end - 1], key_cu[end - 1], token + key_cu[end] - cu[end]
+        if docs.unused is not None:
+            first = first + docs.unused
         (m, n, keys), tables = self.tile(cu.is_cuda, heads), []
-        for low, high, block, partners in ((first, last, m, n), (since, cu[key_end] - 1, keys, m)):
-            tables.append(cu.new_empty(triton.cdiv(len(low), block), 4))
-            span_kernel[(len(tables[-1]),)](low, high, tables[-1], len(low), block, partners)
-        return Spans(first, last, *tables)
+        for low, high, block, partners in ((first, last, m, n), (token, cu[end] - 1, keys, m)):
+            tables.append(cu.new_empty(triton.cdiv(n_queries, block), 4))
+            span_kernel[(len(tables[-1]),)](low, high, tables[-1], n_queries, block, partners)
+        return Spans(first, last, own, *tables)
 
     def empty(self, like: Tensor, *shape: int) -> Tensor:
         """A group's tokens and heads follow one another: a tile is one block for the copy engine."""
@@ -1355,25 +1385,28 @@ class TritonAttention(PackedAttention):
         k, v = (t if _fits_tma(t) else t.contiguous() for t in (k.flatten(1), v.flatten(1)))
         return [q, into(k, [n, size]), into(v, [n, size]), *more]
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, docs: Docs) -> tuple[Tensor, Any]:
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, docs: Docs, past: Past | None = None
+    ) -> tuple[Tensor, Any]:
         (t, g, r, size), s, (m, n, _) = q.shape, docs.spans, self.tile(q.is_cuda, q.size(2))
         out, lse = self.empty(q, t, g, r, size), q.new_empty(g, t, r, dtype=torch.float32)
+        seen = past.whole(k, v) if past else (k, v)
         attention_kernel[(len(s.queries), g)](
-            *self.operands(m, n, q, k, v), out, lse, s.first, s.last, s.queries, t, size**-0.5, r, size, m, n,
+            *self.operands(m, n, q, *seen), out, lse, s.first, s.last, s.queries, t, size**-0.5, r, size, m, n,
             num_warps=4, num_stages=3,
         )  # fmt: skip
-        return out, (q, k, v, lse)
+        return out, (q, k, v, *seen, lse)
 
     def backward(self, grad: Tensor, out: Tensor, delta: Tensor, state: Any, docs: Docs) -> list[Tensor]:
-        (t, g, r, size), n_keys = grad.shape, len(state[1])
-        grads = self.empty(grad, t, g, r, size), *(grad.new_empty(n_keys, g, size) for _ in range(2))
+        t, g, r, size = grad.shape
+        grads = self.empty(grad, t, g, r, size), *(grad.new_empty(t, g, size) for _ in range(2))
         self.launch(grad, delta, state, docs.spans, grads)
         return list(grads)
 
     def backward_raw(self, grad: Tensor, out: Tensor, delta: Tensor, state: Any, docs: Docs, raw: RawHeads) -> Tensor:
         flat, layer = raw.d_merged.flatten(0, -2), raw.layer
-        half, earlier = raw.rope[0].size(-1), len(state[1]) != len(flat)
-        if earlier or half & (half - 1) or not half:  # keys of earlier chunks have no raw rows here
+        half = raw.rope[0].size(-1)
+        if half & (half - 1) or not half:
             return super().backward_raw(grad, out, delta, state, docs, raw)
         q, k, v = flat.tensor_split(layer.columns, 1)[:3]
         grads = q.view(grad.shape), *(x.unflatten(1, (-1, layer.head_dim)) for x in (k, v))
@@ -1385,8 +1418,8 @@ class TritonAttention(PackedAttention):
         self, grad: Tensor, delta: Tensor, state: Any, s: Spans, grads: Sequence[Tensor],
         raw: RawHeads | None = None, d_gain: Tensor | None = None,
     ) -> None:  # fmt: skip  # noqa: PLR0913
-        """Fills `grads`, those of q (T, G, R, K), k and v (S, G, K), or with `raw` of what these were made of."""
-        (*qkv, lse), (t, g, r, size), n_keys, (dq, dk, dv) = state, grad.shape, len(state[1]), grads
+        """Fills `grads`, those of q (T, G, R, K), k and v (T, G, K), or with `raw` of what these were made of."""
+        (q, k, v, *seen, lse), (t, g, r, size), (dq, dk, dv) = state, grad.shape, grads
         (m, n, keys), scale = self.tile(grad.is_cuda, r), size**-0.5
         rstd = gain = cos = sin = None
         length, half, add = 1, 0, False
@@ -1394,13 +1427,13 @@ class TritonAttention(PackedAttention):
             rstd, gain, (cos, sin), add = raw.rstd, raw.gain, raw.rope, raw.layer.exclude_own_value
             length, half = len(cos), cos.size(-1)
         attention_query_kernel[(len(s.queries), g)](
-            *self.operands(m, n, *qkv, grad), lse, delta, dq, dq.stride(1), s.first, s.last, s.queries, t, scale,
+            *self.operands(m, n, q, *seen, grad), lse, delta, dq, dq.stride(1), s.first, s.last, s.queries, t, scale,
             rstd, gain, cos, sin, d_gain, length, dq.stride(0), g, r, size, m, n, half,
             num_warps=4, num_stages=3, maxnreg=96,  # a fifth program per core
         )  # fmt: skip
         # 217 registers a thread leave room for two programs per core, 168 for a third.
         attention_key_kernel[(len(s.keys), g)](
-            *self.operands(m, keys, *qkv, grad), lse, delta, dk, dv, s.first, s.last, s.keys, t, n_keys,
+            *self.operands(m, keys, q, k, v, grad), lse, delta, dk, dv, s.own, s.keys, t,
             scale, rstd, cos, sin, length, dk.stride(0), add, g, r, size, m, keys, half,
             num_warps=4, num_stages=2, maxnreg=168,
         )  # fmt: skip
@@ -1413,7 +1446,7 @@ class PackedAttentionFunction(torch.autograd.Function):
     def forward(ctx, attention, q, k, v, docs):
         q = q.unflatten(1, (k.size(1), -1))
         if docs.spans is None:
-            docs = docs._replace(spans=attention.spans(docs, len(q), len(k), q.size(2)))
+            docs = docs._replace(spans=attention.spans(docs, len(q), q.size(2)))
         ctx.attention, ctx.docs = attention, docs
         out, (*state, lse) = attention.forward(q, k, v, docs)
         ctx.save_for_backward(*state, lse, out)
@@ -2799,14 +2832,14 @@ def exclude_own_value(y: Tensor, v: Tensor) -> Tensor:
 
 
 def rotary_tables(
-    cfg: Config, length: int, dense: bool, device: torch.device, dtype: torch.dtype, first: int = 0
+    cfg: Config, length: int, dense: bool, device: torch.device, dtype: torch.dtype, first: int | Tensor = 0
 ) -> tuple[Tensor, Tensor]:
     """Cosine and sine, each (T, 1, rope_dims / 2), of the positions from `first` on (arXiv 2104.09864)."""
     base = cfg.rope_base
     if cfg.rope_yarn and dense and length > cfg.train_seq_len:
         base *= (length / cfg.train_seq_len) ** (cfg.rope_dims / (cfg.rope_dims - 2))
     frequencies = base ** (-torch.arange(0, cfg.rope_dims, 2, device=device, dtype=torch.float32) / cfg.rope_dims)
-    places = torch.arange(first, first + length, device=device, dtype=torch.float32)
+    places = first + torch.arange(length, device=device, dtype=torch.float32)
     angles = torch.outer(places, frequencies)[:, None]
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
@@ -2819,40 +2852,91 @@ def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
     return torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin, rest), dim=-1)
 
 
-class Past:
-    """Keys and values (N, S, G, K) that a visit has made of earlier chunks, without their gradient."""
-
-    def __init__(self) -> None:
-        self.kept: tuple[Tensor, Tensor] | None = None
-        self.now: tuple[Tensor, Tensor] | None = None
-
-    def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Those and the chunk's own (N, T, G, K), which `commit` will add."""
-        self.now = (k, v) if self.kept is None else tuple(torch.cat(p, 1) for p in zip(self.kept, (k, v), strict=True))
-        return self.now
-
-    def commit(self, most: int) -> None:
-        """Keeps the last `most` positions."""
-        self.kept = tuple(t.detach()[:, max(t.size(1) - most, 0) :] for t in self.now)
-
-    def keep_rows(self, rows: Tensor) -> None:
-        self.kept = tuple(t[rows] for t in self.kept)
-
-
 class Cache:
-    """The pasts of all visits, and how many tokens of each document have gone by."""
+    """Keys and values that all visits have made of the last `room` tokens of each of N documents, without gradient.
 
-    def __init__(self, n_visits: int):
-        self.pasts, self.seen = [Past() for _ in range(n_visits)], 0
+    A ring that runs backwards: position p lies at room - 1 - p mod room. So what there is ends where the chunk's own
+    keys and values, in the places behind it, begin, and a token sees one range of them; attention knows no order but
+    that of the rotation. All stays in place, as CUDA graphs need it, the number of tokens so far on the device, too.
+    """
 
-    def commit(self, n_tokens: int, most: int) -> None:
-        self.seen += n_tokens
-        for past in self.pasts:
-            past.commit(most)
+    def __init__(self, cfg: Config, n_visits: int, dtype: torch.dtype = torch.float32, device: Any = "cpu"):
+        self.room, self.chunk = cfg.ttt_eval_seq_len - cfg.ttt_chunk_size, cfg.ttt_chunk_size
+        self.shape = self.room + self.chunk, cfg.num_kv_heads, cfg.head_dim
+        self.all = self.held = torch.zeros(n_visits, 2, 0, *self.shape, dtype=dtype, device=device)
+        self.seen, self.place = 0, torch.zeros((), dtype=torch.int32, device=device)
 
-    def keep_rows(self, rows: Tensor) -> None:
-        for past in self.pasts:
-            past.keep_rows(rows)
+    def make_room(self, n_docs: int) -> None:
+        """For up to `n_docs` documents."""
+        self.all = self.all.new_zeros(*self.all.shape[:2], n_docs, *self.shape)  # what is masked may not be NaN
+
+    def restart(self, n_docs: int) -> None:
+        """`n_docs` documents that have not begun."""
+        if n_docs > self.all.size(2):
+            self.make_room(n_docs)
+        self.held, self.seen = self.all[:, :, :n_docs], 0
+        self.place.zero_()
+
+    @property
+    def n_kept(self) -> int:
+        return min(self.seen, self.room)
+
+    @property
+    def unused(self) -> Tensor:
+        """Places of the ring that hold nothing yet, on the device."""
+        return self.room - self.place.clamp_max(self.room)
+
+    def pasts(self) -> list[Past]:
+        return [Past(self, visit) for visit in range(len(self.all))]
+
+    def commit(self) -> None:
+        """The chunk's own become the latest of the ring."""
+        n = min(self.chunk, self.room)
+        slots = self.room - 1 - (self.place + torch.arange(self.chunk - n, self.chunk, device=self.place.device)) % max(
+            self.room, 1
+        )
+        self.held[:, :, :, slots] = self.held[:, :, :, self.room + self.chunk - n :].clone()
+        self.seen += self.chunk
+        self.place += self.chunk
+
+    def keep(self, rows: Tensor) -> None:
+        """Goes on with these documents alone."""
+        self.all[:, :, : len(rows)] = self.held[:, :, rows]
+        self.held = self.all[:, :, : len(rows)]
+
+    def row(self, i: int) -> Cache:
+        """A copy of what one document has."""
+        alone = copy.copy(self)
+        alone.held = self.held[:, :, i : i + 1].clone()
+        return alone
+
+
+class Past(NamedTuple):
+    """What one visit has in a cache."""
+
+    cache: Cache
+    visit: int
+
+    @property
+    def n_docs(self) -> int:
+        return self.cache.held.size(2)
+
+    def write(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """The ring, then the chunk's own keys and values (N, T, G, K), which are put there."""
+        held = self.cache.held[self.visit]
+        for whole, own in zip(held, (k, v), strict=True):
+            whole[:, self.cache.room :].copy_(own.detach())
+        return tuple(held)
+
+    def whole(self, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+        """All of it, used or not, for k and v (N T, G, K)."""
+        return tuple(t.flatten(0, 1) for t in self.write(*(t.unflatten(0, (self.n_docs, -1)) for t in (k, v))))
+
+    def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+        """What there is and the chunk's own, with their gradients."""
+        used = slice(self.cache.room - self.cache.n_kept, self.cache.room)
+        held = self.write(k, v)
+        return tuple(torch.cat((t[:, used], own), 1) for t, own in zip(held, (k, v), strict=True))
 
 
 class Context(NamedTuple):
@@ -2880,7 +2964,7 @@ def attend(n: Tensor, w: LayerWeights, layer: Layer, ctx: Context, deltas: Delta
     q, k, v = q + low_rank(n, deltas.q), k + low_rank(n, deltas.k), v + low_rank(n, deltas.v)
     q, k, v = (t.unflatten(-1, (-1, layer.head_dim)) for t in (q, k, v))  # (B, T, heads, K)
     q, k = rotate(rms(q), ctx.rope) * w.q_gain[:, None], rotate(rms(k), ctx.rope)
-    if ctx.docs is None:
+    if ctx.docs is None or ctx.past:
         y = dense_attention(q, *(ctx.past.extend(k, v) if ctx.past else (k, v)))
     else:
         y = ctx.attention(*(t.flatten(0, 1) for t in (q, k, v)), ctx.docs).view_as(q)
@@ -2979,9 +3063,7 @@ def _attend_forward(
     zs = [_low_rank_forward(p, n, d) for p, d in zip(*_low_rank_targets(merged, deltas, layer), strict=True)]
     q, k, heads_rstd = prepare_forward(merged, w.q_gain, ctx.rope, layer, ctx.attention)
     v, _ = head_columns(merged, layer)
-    if ctx.past:
-        k, v = (t.flatten(0, 1) for t in ctx.past.extend(*(t.view(*x.shape[:2], *t.shape[1:]) for t in (k, v))))
-    out, state = ctx.attention.forward(q, k, v, ctx.docs)
+    out, state = ctx.attention.forward(q, k, v, ctx.docs, ctx.past)
     y = gate_forward(out, merged, layer)
     call.see("attn_out", y)
     a = F.linear(y, w.wo) if u is None else u.flatten(0, -2).addmm_(y.flatten(0, -2), w.wo.t()).view_as(x)
@@ -3370,16 +3452,16 @@ class GPT(nn.Module):
     ) -> Tensor:  # fmt: skip
         """Token ids (B, T) to final normed hidden states (B, T, D): one loop over the planned visits."""
         cfg, kernels, layers = self.cfg, self.kernels, self.layers()
-        seen = cache.seen if cache else 0
-        rope = rotary_tables(cfg, tokens.size(1), docs is None, tokens.device, self.dtype, seen)
+        rope = rotary_tables(
+            cfg, tokens.size(1), docs is None, tokens.device, self.dtype, cache.place if cache else 0
+        )
         if docs is None and kernels.fused:
-            docs = whole_rows(tokens, min(seen, cfg.ttt_eval_seq_len - cfg.ttt_chunk_size))
+            docs = kernels.attention.rows(tokens, cache)
         if docs is not None:
-            n_keys = tokens.numel() if docs.key_cu is None else len(tokens) * docs.key_max
             group = cfg.num_heads // cfg.num_kv_heads
-            docs = docs._replace(spans=kernels.attention.spans(docs, tokens.numel(), n_keys, group))
+            docs = docs._replace(spans=kernels.attention.spans(docs, tokens.numel(), group))
         ctx = Context(rope, docs, kernels.attention)
-        pasts = cache.pasts if cache else itertools.repeat(None)
+        pasts = cache.pasts() if cache else itertools.repeat(None)
         visit_deltas = itertools.repeat(NO_DELTAS) if deltas is None else deltas
         wide = self.float8_layers(layers) if cfg.fp8_forward else [None] * len(layers)
         gates = self.skip_gates.to(self.dtype) if cfg.skip_gates_enabled else [None] * len(self.skip_weights)
@@ -5241,12 +5323,15 @@ class TestTimeScorer:
         self.model, self.val, self.cfg, self.run = model, val, cfg, run
         self.tokens = torch.from_numpy(val.tokens.astype(np.int32)).to(run.device)
         self.cached = cfg.ttt_context == "cached"
-        self.window_step = min(64, cfg.ttt_eval_seq_len) if model.kernels.fused and not self.cached else 1
+        self.window_step = min(64, cfg.ttt_eval_seq_len) if model.kernels.fused else 1
+        if self.cached:
+            self.window_step = cfg.ttt_chunk_size
         self.byte_sums = np.concatenate([[0], np.cumsum(val.token_bytes)])
         self.audit: Any = None  # an Audit; named here, it would stay in the submission
         self.tapin = TapIn(self) if cfg.tapin_enabled else None
         layers = [v.layer for v in model.plan]
         self.adapters = Adapters(cfg, 1, layers, model.dtype, run.device)
+        self.cache = Cache(cfg, len(layers), model.dtype, run.device) if self.cached else None
 
     def bytes_of(self, doc: Document) -> int:
         """Original bytes of a document's targets."""
@@ -5286,9 +5371,8 @@ class TestTimeScorer:
 
     def run_batch(self, docs: Sequence[Document]) -> Meter:
         """All targets of `docs`, in order; a document's tokens influence only its own later chunks."""
-        cfg, meter, adapters = self.cfg, Meter(self.run.device), self.adapters
-        adapters.restart(len(docs))
-        cache = Cache(len(self.model.plan)) if self.cached else None
+        meter, adapters, cache = Meter(self.run.device), self.adapters, self.cache
+        self.restart(len(docs))
         if self.tapin:
             self.tapin.read(docs)
         for kept, parts in self.schedule(docs):
@@ -5296,7 +5380,7 @@ class TestTimeScorer:
                 index = upload(kept, self.run.device)
                 adapters.keep(index)
                 if cache:
-                    cache.keep_rows(index)
+                    cache.keep(index)
             chunk = self.gather(parts)
             if self.tapin:
                 losses, scores = self.tapin.score_chunk(chunk, self.tapin.chunk(parts), adapters, cache)
@@ -5307,8 +5391,13 @@ class TestTimeScorer:
             meter.add(scores * chunk.scored, chunk.n_tokens, chunk.n_bytes)
             self.learn_chunk(chunk, losses, adapters, cache)
             if cache:
-                cache.commit(chunk.inputs.size(1), cfg.ttt_eval_seq_len - cfg.ttt_chunk_size)
+                cache.commit()
         return meter
+
+    def restart(self, n_docs: int) -> None:
+        self.adapters.restart(n_docs)
+        if self.cache:
+            self.cache.restart(n_docs)
 
     def score_chunk(self, chunk: Chunk, adapters: Adapters, cache: Cache | None) -> Tensor:
         """Nats (N, C) of the chunk's targets, with the adapters as they are."""
@@ -5371,7 +5460,8 @@ class RecordedChunk:
         self.learn = captured(self.run_learn, pool)
 
     def run_score(self) -> None:
-        self.losses = TestTimeScorer.score_chunk(self.scorer, self.chunk, self.scorer.adapters, None)
+        scorer = self.scorer
+        self.losses = TestTimeScorer.score_chunk(scorer, self.chunk, scorer.adapters, scorer.cache)
 
     def run_learn(self) -> None:
         TestTimeScorer.update(self.scorer, self.chunk, self.losses, self.scorer.adapters)
@@ -5388,6 +5478,8 @@ class GraphedScorer(TestTimeScorer):
     def __init__(self, model: GPT, val: ValidationSet, cfg: Config, run: Run):
         super().__init__(model, val, cfg, run)
         self.adapters.make_room(cfg.ttt_batch_size)
+        if self.cache:
+            self.cache.make_room(cfg.ttt_batch_size)
         self.pool = torch.cuda.graph_pool_handle() if run.device.type == "cuda" else None
         self.recorded: dict[tuple[int, int], RecordedChunk] = {}
 
@@ -5401,7 +5493,7 @@ class GraphedScorer(TestTimeScorer):
         """Records the shapes that come up in `batches`."""
         shapes = {(len(parts), self.width(parts)) for docs in batches for _, parts in self.schedule(docs)}
         for n, width in sorted(shapes, key=lambda s: (-math.prod(s), s)):
-            self.adapters.restart(n)
+            self.restart(n)
             zeros = lambda *shape: torch.zeros(shape, dtype=torch.long, device=self.run.device)
             inputs, targets = zeros(n, width), zeros(n, self.cfg.ttt_chunk_size)
             self.at(Chunk(inputs, targets, targets, targets > 0, zeros(n) > 0, True, 0, 0))
@@ -5419,9 +5511,10 @@ class GraphedScorer(TestTimeScorer):
 
 
 def test_time_scorer(model: GPT, val: ValidationSet, cfg: Config, run: Run) -> TestTimeScorer:
-    """Graphs, where all chunks of one shape are the same work: no switch, hint or cache acts between the kernels."""
-    same = not (model.switches or cfg.tapin_enabled or cfg.ttt_context == "cached")
+    """Graphs, where all chunks of one shape are the same work: no switch or hint acts between the kernels."""
+    same = cfg.ttt_context == "rerun" or model.kernels.attention.in_place
     graphed = cfg.cuda_graphs and run.device.type == "cuda" and model.kernels.fused and same
+    graphed = graphed and not (model.switches or cfg.tapin_enabled)
     return (GraphedScorer if graphed else TestTimeScorer)(model, val, cfg, run)
 
 
@@ -5475,11 +5568,7 @@ class Audit:
         hints: Sequence[Tensor] | None,
     ) -> None:  # fmt: skip
         """The loss of every token at one place, asked of the code that scores, in pieces of the vocabulary."""
-        began, alone, past = time.monotonic(), adapters.row(row), cache and Cache(len(cache.pasts))
-        if cache:
-            past.seen = cache.seen
-            for mine, theirs in zip(past.pasts, cache.pasts, strict=True):
-                mine.kept = theirs.kept and tuple(t[row : row + 1] for t in theirs.kept)
+        began, alone, past = time.monotonic(), adapters.row(row), cache and cache.row(row)
         nats = []
         for tokens in torch.arange(self.scorer.cfg.vocab_size, device=self.run.device).split(512):
             at = chunk.at[row : row + 1, place : place + 1].expand(1, len(tokens))

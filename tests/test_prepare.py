@@ -419,12 +419,14 @@ def test_train_and_validation_are_disjoint(tmp_path: Path) -> None:
 # Interruptions
 
 
-def prepare_in_background(docs: Path, out: Path, workers: int, delay: float) -> subprocess.Popen[bytes]:
-    """Start a run that sleeps before each batch, so that it can be killed in the middle."""
+def prepare_in_background(docs: Path, out: Path, workers: int, until: Path) -> subprocess.Popen[bytes]:
+    """Start a run that goes no further once the file `until` exists, so that it can be killed in the middle."""
     program = (
-        "import sys, time; import prepare_caseops_data as prep\n"
+        "import os, sys, time; import prepare_caseops_data as prep\n"
         "take = prep.Preparation._take_train\n"
-        f"def slowly(self, encoded): time.sleep({delay}); take(self, encoded)\n"
+        "def slowly(self, encoded):\n"
+        f"    while os.path.exists({str(until)!r}): time.sleep(0.01)\n"
+        "    take(self, encoded)\n"
         "prep.Preparation._take_train = slowly\n"
         "prep.BATCH_DOCS = 10\n"
         "if __name__ == '__main__': sys.exit(prep.main(sys.argv[1:]))\n"
@@ -460,7 +462,7 @@ def test_killed_run_continues_to_the_same_files(
 ) -> None:
     docs, out = reference
     for shard in ("fineweb_train_000001.bin", "fineweb_train_000004.bin"):  # two interruptions in one run
-        process = prepare_in_background(docs, tmp_path, workers, delay=0.05)
+        process = prepare_in_background(docs, tmp_path, workers, until=folder_of(tmp_path) / shard)
         wait_for(folder_of(tmp_path) / shard, process)
         workers_left = children(process.pid)
         process.send_signal(how)

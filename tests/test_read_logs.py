@@ -348,7 +348,7 @@ def test_the_records_of_this_repository_read_as_one_table(capsys: pytest.Capture
     rows = re.findall(r"^\| (2026\S+/\S+) +\| +(\S+) \| +(\S+) \|", capsys.readouterr().out.split("### Speed")[0], re.M)
     assert ("2026-11-25_h100_300_steps/own_seed42", "42", "300") in rows
     assert ("2026-11-23_h200_24_steps_all_stages/seed42", "42", "24") in rows
-    assert len({name for name, *_ in rows}) == len(rows) == 4
+    assert len({name for name, *_ in rows}) == len(rows) >= 4
 
 
 # ---- Statistics of several runs --------------------------------------------------------------------------------------
