@@ -115,6 +115,7 @@ class Run:
     clock: dict[int, tuple[float, float]] = field(default_factory=dict)  # step -> (training seconds, tokens so far)
     validations: dict[int, tuple[float, float]] = field(default_factory=dict)  # step -> (loss, bpb)
     ttt: dict[int, Batch] = field(default_factory=dict)  # in the order of scoring
+    documents: dict[str, dict[int, float]] = field(default_factory=dict)  # stage -> document -> its nats
     learned: list[tuple[int, int]] = field(default_factory=list)  # per phase: documents scored, and learned from
     stages: dict[str, float] = field(default_factory=dict)  # stage -> seconds
     tensors: dict[str, float] = field(default_factory=dict)  # matrix -> its quantization error relative to its norm
@@ -356,6 +357,15 @@ RESULT_KEYS = {"seed", "world", "steps", "bpb_float", "bpb_quantized", "bpb_ttt"
                "peak_memory_mib"}  # fmt: skip
 
 
+def add_score(run: Run, label: str, loss: float, bpb: float) -> None:
+    if label.startswith("step "):
+        run.validations[int(label.removeprefix("step "))] = (loss, bpb)
+    else:
+        stage = "quantized" if label == "quantized" else "float"
+        setattr(run, f"loss_{stage}", loss)
+        setattr(run, f"bpb_{stage}", bpb)
+
+
 def add_row(run: Run, row: Any) -> None:
     """Fill `run` from one line of metrics.jsonl, which has more digits, and every step, where the log has some."""
     match row:
@@ -366,15 +376,13 @@ def add_row(run: Run, row: Any) -> None:
             if row.get("looped") and run.loop_step is None:
                 run.loop_step = step - 1
         case {"kind": "eval", "label": str(label), "loss": loss, "bpb": bpb}:
-            if label.startswith("step "):
-                run.validations[int(label.removeprefix("step "))] = (loss, bpb)
-            else:
-                stage = "quantized" if label == "quantized" else "float"
-                setattr(run, f"loss_{stage}", loss)
-                setattr(run, f"bpb_{stage}", bpb)
+            add_score(run, label, loss, bpb)
         case {"kind": "ttt", "batch": number, "tokens": tokens, "nats": nats, "bytes": size}:
             lengths = row.get("min_len", 0), row.get("max_len", 0)
             add_batch(run, number, Batch(nats / tokens, nats / size / math.log(2), *lengths, None, tokens, nats, size))
+            run.documents.setdefault("ttt", {}).update(row.get("documents", []))
+        case {"kind": "documents", "label": label, "nats": nats}:
+            run.documents["quantized" if label == "quantized" else "float"] = dict(enumerate(nats))
         case {"kind": "stage", "name": name, "seconds": seconds} if not row.get("resumed"):
             run.stages[name] = seconds
         case {"kind": "quantization", "rows": rows}:
@@ -932,15 +940,39 @@ def comparison_tables(new: Sequence[Run], base: Sequence[Run]) -> list[Table]:
     tables = [Table("Difference", [[*heading], *rows], note), *leaderboard_table(new, base)]
     if differ := settings_that_differ([new[0], base[0]]):
         tables.append(Table("Settings", [["knob", "first / second"], *(said.split(": ", 1) for said in differ)]))
-    return tables + batch_tables(new, base)
+    return tables + document_tables(new, base) + batch_tables(new, base)
+
+
+def pairs_of_runs(new: Sequence[Run], base: Sequence[Run]) -> list[tuple[Run, Run]]:
+    """Runs of one seed, or single runs."""
+    single = len(new) == len(base) == 1
+    return [(a, b) for a, b in itertools.product(new, base) if single or a.seed == b.seed]
+
+
+def document_tables(new: Sequence[Run], base: Sequence[Run]) -> list[Table]:
+    """Each stage paired by document. The error is that of a sum over documents as random as these."""
+    rows = []
+    for a, b in pairs_of_runs(new, base):
+        for label, stage in STAGES:
+            ours, theirs = (run.documents.get(stage, {}) for run in (a, b))
+            size = sum(x.size or 0 for x in a.ttt.values()) if stage == "ttt" else a.val_bytes
+            if len(ours) < 2 or ours.keys() != theirs.keys() or not size or not same_text(a, b):
+                continue
+            differences, scale = [ours[d] - theirs[d] for d in ours], 1000 / math.log(2) / size
+            error = scale * math.sqrt(len(ours)) * statistics.stdev(differences)
+            better = sum(d < 0 for d in differences) / len(differences)
+            numbers = f"{scale * math.fsum(differences):+.2f}", f"{error:.2f}", f"{100 * better:.0f} %"
+            rows.append([f"{a.name} - {b.name}", label, f"{len(ours)}", *numbers])
+    heading = ["runs", "stage", "documents", "difference, mb", "standard error", "better on"]
+    return [Table("The same documents", [heading, *rows])] if rows else []
 
 
 def batch_tables(new: Sequence[Run], base: Sequence[Run]) -> list[Table]:
     """Test-time training paired by batch, for runs of one seed, or for single runs."""
     rows = []
-    for a, b in itertools.product(new, base):
+    for a, b in pairs_of_runs(new, base):
         differences = [d for _, d in batch_differences(a, b).values()]
-        if len(differences) > 1 and (a.seed == b.seed or len(new) == len(base) == 1):
+        if len(differences) > 1:
             mean, error = statistics.fmean(differences), statistics.stdev(differences) / math.sqrt(len(differences))
             rows.append([f"{a.name} - {b.name}", f"{len(differences)}", f"{1000 * mean:+.2f}", f"{1000 * error:.2f}"])
     heading = ["runs", "batches in common", "mean difference, mb", "standard error"]

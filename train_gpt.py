@@ -2665,9 +2665,13 @@ class ValidationSet:
     def n_bytes(self) -> int:
         return int(self.token_bytes[1:].sum())
 
+    def starts(self) -> np.ndarray:
+        """Positions of the documents' first tokens; a BOS at the very end has no targets."""
+        return np.union1d(np.flatnonzero(self.tokens == BOS), [0])
+
     def documents(self) -> list[Document]:
         """Every target belongs to exactly one document; the BOS that follows a document is its last target."""
-        starts = np.union1d(np.flatnonzero(self.tokens == BOS), [0])
+        starts = self.starts()
         ends = np.append(starts[1:], self.n_targets)
         return [Document(int(a), int(b - a)) for a, b in zip(starts, ends, strict=True) if b > a]
 
@@ -3804,8 +3808,9 @@ class WeightAverage:
 class Meter:
     """Sums nats, targets and original bytes in double precision; the only place where bits per byte are computed."""
 
-    def __init__(self, device: torch.device | str = "cpu"):
+    def __init__(self, device: torch.device | str = "cpu", n_documents: int = 0):
         self.nats = torch.zeros((), dtype=torch.float64, device=device)
+        self.by_document = self.nats.new_zeros(n_documents)  # filled by whoever knows what a loss belongs to
         self.tokens, self.bytes = 0, 0
 
     def add(self, losses: Tensor, n_tokens: int, n_bytes: int) -> None:
@@ -3848,7 +3853,8 @@ def evaluate(model: GPT, val: ValidationSet, cfg: Config, run: Run, label: str) 
     Rows are cut from the stream by position, not by rank, so the score does not depend on the number of ranks.
     """
     began, row = time.monotonic(), cfg.val_row_tokens
-    meter = Meter(run.device)
+    starts = val.starts()
+    meter = Meter(run.device, len(starts))
     n_rows = math.ceil(val.n_targets / row)
     with torch.no_grad():
         for r in range(run.rank, n_rows, run.world):
@@ -3858,6 +3864,8 @@ def evaluate(model: GPT, val: ValidationSet, cfg: Config, run: Run, label: str) 
             inputs, targets, docs = packed_row(tokens, cfg.eval_seq_len, run.device)
             losses = model(inputs, targets, docs=docs, reduction="none")
             meter.add(losses[0, :n], n, int(val.token_bytes[r * row + 1 : r * row + n + 1].sum()))
+            numbers = np.searchsorted(starts, np.arange(r * row, r * row + n), side="right") - 1
+            meter.by_document.index_add_(0, torch.from_numpy(numbers).to(run.device), losses[0, :n].double())
             run.progress(f"evaluating {label}", r + 1, n_rows, began)
     total = meter.reduced(run)
     total.expect(val.n_targets, val.n_bytes)
@@ -3867,7 +3875,9 @@ def evaluate(model: GPT, val: ValidationSet, cfg: Config, run: Run, label: str) 
     run.metric(
         "eval", label=label, loss=total.loss, bpb=total.bpb, tokens=total.tokens, bytes=total.bytes, seconds=seconds
     )
+    by_document = run.sum(meter.by_document.cpu())
     if not label.startswith("step "):
+        run.metric("documents", label=label, nats=[round(x, 3) for x in by_document.tolist()])
         run.log(
             f"diagnostic {label} val_loss:{total.loss:.8f} val_bpb:{total.bpb:.8f} eval_time:{1000 * seconds:.0f}ms"
         )
@@ -5371,13 +5381,15 @@ class TestTimeScorer:
 
     def run_batch(self, docs: Sequence[Document]) -> Meter:
         """All targets of `docs`, in order; a document's tokens influence only its own later chunks."""
-        meter, adapters, cache = Meter(self.run.device), self.adapters, self.cache
+        meter, adapters, cache = Meter(self.run.device, len(docs)), self.adapters, self.cache
         self.restart(len(docs))
+        rows = torch.arange(len(docs), device=self.run.device)
         if self.tapin:
             self.tapin.read(docs)
         for kept, parts in self.schedule(docs):
             if kept is not None:
                 index = upload(kept, self.run.device)
+                rows = rows[index]
                 adapters.keep(index)
                 if cache:
                     cache.keep(index)
@@ -5389,6 +5401,7 @@ class TestTimeScorer:
             if not IS_SUBMISSION and self.audit:
                 self.audit.see(parts, chunk, scores, adapters, cache)
             meter.add(scores * chunk.scored, chunk.n_tokens, chunk.n_bytes)
+            meter.by_document[rows] += (scores.detach() * chunk.scored).double().sum(1)
             self.learn_chunk(chunk, losses, adapters, cache)
             if cache:
                 cache.commit()
@@ -5675,7 +5688,8 @@ def run_phase(scorer: TestTimeScorer, number: int, phase: Phase, n_batches: int,
         lengths = [d.n_targets for d in docs]
         row = dict(phase=number, batch=phase.numbers[claim], docs=len(docs), tokens=meter.tokens, bytes=meter.bytes,
                    nats=meter.nats.item(), min_len=min(lengths), max_len=max(lengths))  # fmt: skip
-        rows.append({**row, "seconds": round(time.monotonic() - start, 3)})
+        nats = [[d.start, round(x, 3)] for d, x in zip(docs, meter.by_document.tolist(), strict=False)]
+        rows.append({**row, "seconds": round(time.monotonic() - start, 3), "documents": nats})
         mine.merge(meter)
         running = Meter()
         running.merge(so_far)

@@ -240,6 +240,24 @@ def test_the_score_is_the_sum_of_its_batches(full: Finished, place: Place) -> No
     assert full.result["bpb_ttt"] == pytest.approx(bpb, rel=1e-12)
 
 
+@pytest.mark.parametrize("world", ["one", "two"])
+def test_every_stage_is_known_by_document(trained: dict[str, Finished], place: Place, world: str) -> None:
+    """Nats of each document, whichever process scored it; they sum to those of the stage."""
+    done, tokens = trained[world].ok(), train_gpt.read_shard(place.data / "fineweb_val_000000.bin")
+    documents = train_gpt.ValidationSet(tokens, tokens).documents()
+    evaluated = {row["label"]: row["nats"] for row in done.rows("documents")}
+    for label, stage in (("pre-quantization post-ema", "float"), ("quantized", "quantized")):
+        assert len(evaluated[label]) == len(documents)
+        assert sum(evaluated[label]) == pytest.approx(done.result[f"loss_{stage}"] * (len(tokens) - 1), rel=1e-6)
+    learned = dict(pair for row in done.rows("ttt") for pair in row["documents"])
+    assert learned.keys() == {d.start for d in documents}
+    assert sum(learned.values()) == pytest.approx(sum(row["nats"] for row in done.rows("ttt")), rel=1e-6)
+    (read,) = read_logs.read_runs(done.folder)
+    assert read.documents.keys() == {"float", "quantized", "ttt"} and read.documents["ttt"] == learned
+    apart = [learned[d.start] - evaluated["quantized"][i] for i, d in enumerate(documents)]
+    assert sum(apart) < 0 and max(map(abs, apart)) < 0.6 * max(evaluated["quantized"])  # the same documents
+
+
 # ---- one process and several -----------------------------------------------------------------------------------------
 def test_two_processes_train_like_one(trained: dict[str, Finished], full: Finished) -> None:
     two = trained["two"].ok()

@@ -487,6 +487,31 @@ def test_a_comparison_ends_with_the_tables_of_both_sides(
     assert titles[-6:] == ["Scores", "Speed", "Size and budgets", *(f"{t}, second set" for t in titles[-6:-3])]
 
 
+def test_stages_are_paired_by_document(ours: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The error is that of the sum; TTT pairs whatever the batches were, and half-scored runs have no row for it."""
+    runs = [ours[0], our_run(tmp_path / "new", 42, -0.002), our_run(tmp_path / "half", 42, -0.001)]
+    gains = np.array([3.0, -1.0, 2.0, 2.0])  # nats
+    for run, better in zip(runs, (0.0 * gains, gains, gains), strict=True):
+        nats = (np.array([500.0, 400.0, 300.0, 200.0]) - better).tolist()
+        cut = 2 if run.name == "half" else 4
+        rows = [{"kind": "documents", "label": "quantized", "nats": nats}]
+        for n, share in enumerate((slice(0, 1), slice(1, cut)), 1):
+            pairs = [[10 * i, nats[i]] for i in range(4)][share]
+            total = sum(x for _, x in pairs)
+            rows.append({"kind": "ttt", "batch": n, "tokens": 9, "nats": total, "bytes": 500, "documents": pairs})
+        write(run / "metrics.jsonl", map(json.dumps, rows))
+    assert read_logs.main([str(runs[1]), "--against", str(runs[0])]) == 0
+    table = capsys.readouterr().out.split("### The same documents")[1].split("###")[0]
+    rows = [re.split(r" +\| +", line.strip("| ")) for line in table.splitlines() if line.startswith("| new")]
+    scale = 1000 / math.log(2)
+    for row, stage, size in zip(rows, ("quantized", "after TTT"), (151_074_499, 1000), strict=True):
+        error = scale / size * 2 * np.std(gains, ddof=1)
+        assert row[1:] == [stage, "4", f"{-6 * scale / size:+.2f}", f"{error:.2f}", "75 %"]
+    assert read_logs.main([str(runs[2]), "--against", str(runs[0])]) == 0
+    table = capsys.readouterr().out.split("### The same documents")[1].split("###")[0]
+    assert "quantized" in table and "after TTT" not in table
+
+
 # ---- Accounting ------------------------------------------------------------------------------------------------------
 
 
