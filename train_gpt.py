@@ -122,7 +122,7 @@ class Config:
     compute_dtype: str = "auto"          # activations: bfloat16 or float32; auto: bfloat16 on a GPU, float32 on a CPU
     kernels: str = "auto"                # auto: the fastest that runs here; spec: plain PyTorch everywhere
     attention: str = "auto"              # auto, triton (our own), fa3, fa4, varlen or sdpa
-    cuda_graphs: bool = True             # a training micro-batch is one launch for the host, where that is possible
+    cuda_graphs: bool = True             # micro-batches and chunks of test-time training are graphs, where possible
 
     # Data
     data_dir: str = "./data/"            # root of data sets and tokenizers
@@ -4000,10 +4000,14 @@ class GraphedMicroBatch(MicroBatch):
             torch._foreach_add_([p.grad for p, g in self.grads.items() if g.dtype == kind], mine)
 
 
+def graphable(cfg: Config, run: Run, model: GPT) -> bool:
+    """Whether a CUDA graph may hold this model's forward and backward pass."""
+    fused = cfg.cuda_graphs and run.device.type == "cuda" and model.kernels.fused
+    return fused and all(switch.steady for switch in model.switches)
+
+
 def micro_batches(cfg: Config, run: Run, model: GPT, weights: Tensor | None = None) -> MicroBatch:
-    """Switches read the step they are at, which a graph would not."""
-    graphed = cfg.cuda_graphs and run.device.type == "cuda" and model.kernels.fused and not model.switches
-    return (GraphedMicroBatch if graphed else MicroBatch)(model, weights)
+    return (GraphedMicroBatch if graphable(cfg, run, model) else MicroBatch)(model, weights)
 
 
 def train_step(
@@ -5523,12 +5527,10 @@ class GraphedScorer(TestTimeScorer):
         self.at(chunk).learn()
 
 
-def test_time_scorer(model: GPT, val: ValidationSet, cfg: Config, run: Run) -> TestTimeScorer:
-    """Graphs, where all chunks of one shape are the same work: no switch or hint acts between the kernels."""
-    same = cfg.ttt_context == "rerun" or model.kernels.attention.in_place
-    graphed = cfg.cuda_graphs and run.device.type == "cuda" and model.kernels.fused and same
-    graphed = graphed and not (model.switches or cfg.tapin_enabled)
-    return (GraphedScorer if graphed else TestTimeScorer)(model, val, cfg, run)
+def ttt_scorer(model: GPT, val: ValidationSet, cfg: Config, run: Run) -> TestTimeScorer:
+    """Graphs, where all chunks of one shape are the same work."""
+    same = not cfg.tapin_enabled and (cfg.ttt_context == "rerun" or model.kernels.attention.in_place)
+    return (GraphedScorer if same and graphable(cfg, run, model) else TestTimeScorer)(model, val, cfg, run)
 
 
 class Audit:
@@ -5713,7 +5715,7 @@ def adapt_and_score(model: GPT, val: ValidationSet, cfg: Config, run: Run) -> tu
     """
     documents = sampled_documents(val, cfg)
     phases = only_batches(plan_phases(documents, cfg), cfg)
-    scorer = test_time_scorer(model, val, cfg, run)
+    scorer = ttt_scorer(model, val, cfg, run)
     warm_up_ttt(scorer, [docs for phase in phases for docs in phase.batches])
     for switch in model.switches:
         switch.begin_scoring(model)  # after the warm-up, whose text is random
@@ -6354,6 +6356,7 @@ class Switch:
     """
 
     knob = ""
+    steady = True  # the same kernels on the same memory in every forward pass: a CUDA graph may hold them
     vectors: Tensor | None = None  # learn with the base model while test-time training scores
 
     def __init__(self, cfg: Config):
@@ -6513,6 +6516,7 @@ class EvalHashEmbedding(Switch):
     """
 
     knob = "eval_hash_emb_enabled"
+    steady = False  # there are no vectors before scoring begins
 
     def begin_scoring(self, model: GPT) -> None:
         table = model.tok_emb.weight
@@ -6531,6 +6535,7 @@ class EvalLoopEmbedding(Switch):
     """The same for each pass of the loop, added where it begins."""
 
     knob = "eval_loop_emb_enabled"
+    steady = False
 
     def begin_scoring(self, model: GPT) -> None:
         self.vectors = model.tok_emb.weight.new_zeros(model.looped + 1, model.cfg.model_dim, dtype=torch.float32)
@@ -6544,6 +6549,7 @@ class RecurHomotopy(Switch):
     """Repeated visits come in along a sigmoid of the training fraction (PR #1663), which has no control run."""
 
     knob = "recur_homotopy"
+    steady = False  # the weight is a number of the moment
     weight = 1.0
 
     def schedule(self, fraction: float) -> None:
@@ -6562,6 +6568,7 @@ class RecurAlpha(Switch):
     """
 
     knob = "recur_alpha_enabled"
+    steady = False  # its hook sees gradients add up
     norm: Tensor | float = 0.0
 
     def build(self, model: GPT) -> None:

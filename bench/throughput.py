@@ -764,7 +764,7 @@ def ttt(b: Bench) -> Part:
     model.looped = b.cfg.num_loops > 0
     batches = fineweb_batches(b)
     text, documents = text_of(b, batches[-1])
-    scorer = train_gpt.test_time_scorer(model, text, b.cfg, b.run)
+    scorer = train_gpt.ttt_scorer(model, text, b.cfg, b.run)
     warm = seconds(b.run, lambda: train_gpt.warm_up_ttt(scorer, [documents]))
     model.requires_grad_(False)
     first = run_documents(b, scorer, batches[-1])  # the shortest once, untimed
