@@ -960,7 +960,8 @@ def document_tables(new: Sequence[Run], base: Sequence[Run]) -> list[Table]:
                 continue
             differences, scale = [ours[d] - theirs[d] for d in ours], 1000 / math.log(2) / size
             error = scale * math.sqrt(len(ours)) * statistics.stdev(differences)
-            better = sum(d < 0 for d in differences) / len(differences)
+            apart = [d for d in differences if d]
+            better = sum(d < 0 for d in apart) / max(len(apart), 1)
             numbers = f"{scale * math.fsum(differences):+.2f}", f"{error:.2f}", f"{100 * better:.0f} %"
             rows.append([f"{a.name} - {b.name}", label, f"{len(ours)}", *numbers])
     heading = ["runs", "stage", "documents", "difference, mb", "standard error", "better on"]

@@ -1058,8 +1058,9 @@ class PackedAttention:
 
     in_place = False  # whether a past is read where it lies
 
-    def __init__(self, function: Callable[[Tensor, Tensor, Tensor, Docs], Tensor]):
-        self.function = function
+    def __init__(self, function: Callable[[Tensor, Tensor, Tensor, Docs], Tensor], waits: bool = False):
+        """waits: the host reads the boundaries, which a CUDA graph cannot wait for."""
+        self.function, self.waits = function, waits
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, docs: Docs) -> Tensor:
         return self.function(q, k, v, docs)
@@ -1466,7 +1467,7 @@ ATTENTION_KINDS = dict(
     fa3=PackedAttention(attention_fa3),
     fa4=FlashAttention4(attention_fa4),
     varlen=PackedAttention(attention_varlen),
-    sdpa=PackedAttention(attention_sdpa),
+    sdpa=PackedAttention(attention_sdpa, waits=True),
 )
 ATTENTION_MODULES = dict(
     triton="triton", fa3="flash_attn_interface", fa4="flash_attn.cute.interface", varlen="torch.nn.attention.varlen"
@@ -2411,12 +2412,12 @@ if triton is not None:
 
     @triton.jit
     def adamw_kernel(  # noqa: PLR0913
-        bias_ptr, rates_ptr, grad_ptr, values_ptr, live_ptr, first_ptr, second_ptr, P, beta1, beta2, eps, decay,
+        bias_ptr, rates_ptr, grad_ptr, values_ptr, live_ptr, first_ptr, second_ptr, N, P, beta1, beta2, eps, decay,
         BLOCK: tl.constexpr,
     ):  # fmt: skip  # noqa: PLR0913
         """BLOCK columns of one row; its neighbors in time are the same columns of other rows, with the same rates."""
-        col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-        at, inside = tl.program_id(0).to(tl.int64) * P + col, col < P
+        col = tl.program_id(0) // N * BLOCK + tl.arange(0, BLOCK)
+        at, inside = (tl.program_id(0) % N).to(tl.int64) * P + col, col < P
         grad = tl.load(grad_ptr + at, mask=inside, other=0.0).to(tl.float32)
         rate = tl.load(rates_ptr + col, mask=inside, other=0.0)
         second = tl.load(second_ptr + at, mask=inside, other=0.0)
@@ -2440,7 +2441,7 @@ def adamw_fused(
     """20 bytes a number (28 with a first moment): at 8.4 million numbers a document the time is that of memory."""
     (n, width), block, bias = values.shape, 1024, c.bias(steps).float()
     rows = rates, gradient.contiguous(), values, live, first, second
-    adamw_kernel[(n, triton.cdiv(width, block))](bias, *rows, width, *c, block, num_warps=4)
+    adamw_kernel[(n * triton.cdiv(width, block),)](bias, *rows, n, width, *c, block, num_warps=4)
     return live
 
 
@@ -2867,18 +2868,20 @@ class Cache:
     def __init__(self, cfg: Config, n_visits: int, dtype: torch.dtype = torch.float32, device: Any = "cpu"):
         self.room, self.chunk = cfg.ttt_eval_seq_len - cfg.ttt_chunk_size, cfg.ttt_chunk_size
         self.shape = self.room + self.chunk, cfg.num_kv_heads, cfg.head_dim
-        self.all = self.held = torch.zeros(n_visits, 2, 0, *self.shape, dtype=dtype, device=device)
+        self.all = self.held = torch.empty(n_visits, 2, 0, *self.shape, dtype=dtype, device=device)
         self.seen, self.place = 0, torch.zeros((), dtype=torch.int32, device=device)
 
     def make_room(self, n_docs: int) -> None:
         """For up to `n_docs` documents."""
-        self.all = self.all.new_zeros(*self.all.shape[:2], n_docs, *self.shape)  # what is masked may not be NaN
+        self.all = self.held = self.all[:, :, :0].clone()  # first what there was goes: both may not fit
+        self.all = self.all.new_empty(*self.all.shape[:2], n_docs, *self.shape)
 
     def restart(self, n_docs: int) -> None:
         """`n_docs` documents that have not begun."""
         if n_docs > self.all.size(2):
             self.make_room(n_docs)
         self.held, self.seen = self.all[:, :, :n_docs], 0
+        self.held.zero_()  # what is masked may not be NaN
         self.place.zero_()
 
     @property
@@ -3853,7 +3856,7 @@ def evaluate(model: GPT, val: ValidationSet, cfg: Config, run: Run, label: str) 
     Rows are cut from the stream by position, not by rank, so the score does not depend on the number of ranks.
     """
     began, row = time.monotonic(), cfg.val_row_tokens
-    starts = val.starts()
+    starts = torch.from_numpy(val.starts()).to(run.device)
     meter = Meter(run.device, len(starts))
     n_rows = math.ceil(val.n_targets / row)
     with torch.no_grad():
@@ -3864,8 +3867,8 @@ def evaluate(model: GPT, val: ValidationSet, cfg: Config, run: Run, label: str) 
             inputs, targets, docs = packed_row(tokens, cfg.eval_seq_len, run.device)
             losses = model(inputs, targets, docs=docs, reduction="none")
             meter.add(losses[0, :n], n, int(val.token_bytes[r * row + 1 : r * row + n + 1].sum()))
-            numbers = np.searchsorted(starts, np.arange(r * row, r * row + n), side="right") - 1
-            meter.by_document.index_add_(0, torch.from_numpy(numbers).to(run.device), losses[0, :n].double())
+            number = torch.searchsorted(starts, torch.arange(r * row, r * row + n, device=run.device), right=True) - 1
+            meter.by_document.index_add_(0, number, losses[0, :n].double())
             run.progress(f"evaluating {label}", r + 1, n_rows, began)
     total = meter.reduced(run)
     total.expect(val.n_targets, val.n_bytes)
@@ -3875,9 +3878,9 @@ def evaluate(model: GPT, val: ValidationSet, cfg: Config, run: Run, label: str) 
     run.metric(
         "eval", label=label, loss=total.loss, bpb=total.bpb, tokens=total.tokens, bytes=total.bytes, seconds=seconds
     )
-    by_document = run.sum(meter.by_document.cpu())
     if not label.startswith("step "):
-        run.metric("documents", label=label, nats=[round(x, 3) for x in by_document.tolist()])
+        nats = run.sum(meter.by_document.cpu()).tolist()
+        run.metric("documents", label=label, nats=[round(x, 3) for x in nats])
         run.log(
             f"diagnostic {label} val_loss:{total.loss:.8f} val_bpb:{total.bpb:.8f} eval_time:{1000 * seconds:.0f}ms"
         )
@@ -4003,7 +4006,7 @@ class GraphedMicroBatch(MicroBatch):
 def graphable(cfg: Config, run: Run, model: GPT) -> bool:
     """Whether a CUDA graph may hold this model's forward and backward pass."""
     fused = cfg.cuda_graphs and run.device.type == "cuda" and model.kernels.fused
-    return fused and all(switch.steady for switch in model.switches)
+    return fused and not model.kernels.attention.waits and all(switch.steady for switch in model.switches)
 
 
 def micro_batches(cfg: Config, run: Run, model: GPT, weights: Tensor | None = None) -> MicroBatch:
@@ -5094,19 +5097,20 @@ class Adapters:
         self.rates = rates.repeat_interleave(torch.tensor(self.sizes)).to(device)
         self.steps = torch.zeros((), dtype=torch.float64, device=device)
         self.room: dict[str, Tensor] = {}
-        self.make_room(n_docs)
         self.restart(n_docs)
 
     def make_room(self, n_docs: int) -> None:
         """For up to `n_docs` documents."""
+        self.room = {}  # first what there was goes: both may not fit
+        self.values = self.live = self.first = self.second = None
         wanted = dict(first=self.cfg.ttt_beta1 > 0, second=self.cfg.ttt_optimizer == "adam")
         room = lambda dtype: torch.empty(n_docs, len(self.start), dtype=dtype, device=self.start.device)
-        self.room = {name: room(torch.float32) for name in ("values", *(n for n, want in wanted.items() if want))}
+        self.room |= {name: room(torch.float32) for name in ("values", *(n for n, want in wanted.items() if want))}
         self.room["live"] = self.room["values"] if self.dtype == torch.float32 else room(self.dtype)
 
     def restart(self, n_docs: int) -> None:
         """`n_docs` documents that have learned nothing."""
-        if n_docs > len(self.room["values"]):
+        if not self.room or n_docs > len(self.room["values"]):
             self.make_room(n_docs)
         self.resize(n_docs)
         self.values.copy_(self.start)
@@ -5352,7 +5356,8 @@ class TestTimeScorer:
         return int(self.byte_sums[doc.start + doc.n_targets + 1] - self.byte_sums[doc.start + 1])
 
     def prepare(self, batches: Sequence[Sequence[Document]]) -> None:
-        """What is done once, off the clock, when all kernels are built."""
+        """What is done once, off the clock, when all kernels are built: memory for the largest of `batches`."""
+        self.restart(max(map(len, batches), default=1))
 
     def schedule(self, docs: Sequence[Document]) -> Iterator[tuple[list[int] | None, list[Part]]]:
         """For each chunk which rows of the one before go on (None: all), then the parts of those.
@@ -5467,7 +5472,10 @@ def captured(work: Callable[[], None], pool: Any) -> Callable[[], None]:
 
 
 class RecordedChunk:
-    """A chunk's scoring and its learning for one shape (documents, window), from inputs that stay in place."""
+    """A chunk's scoring and its learning for one shape (documents, window), from inputs that stay in place.
+
+    `scorer` is the one that all copies for other texts come from.
+    """
 
     def __init__(self, scorer: TestTimeScorer, chunk: Chunk, pool: Any):
         self.inputs = [t.clone() for t in chunk if isinstance(t, Tensor)]
@@ -5488,32 +5496,45 @@ class RecordedChunk:
 class GraphedScorer(TestTimeScorer):
     """The same by CUDA graphs: Python needs 95 ms to launch the 2,500 kernels of a chunk, a GPU 10 to 90 to run them.
 
-    All graphs share one memory, because each pair ends before the next begins; the largest is recorded first, so that
-    the others find their place in what it has left.
+    A shape is recorded when it first comes up, on the clock. All graphs share one memory, because each pair ends before
+    the next begins; the largest is recorded beforehand, so that the others find their place in what it has left.
     """
 
     def __init__(self, model: GPT, val: ValidationSet, cfg: Config, run: Run):
         super().__init__(model, val, cfg, run)
-        self.adapters.make_room(cfg.ttt_batch_size)
-        if self.cache:
-            self.cache.make_room(cfg.ttt_batch_size)
         self.pool = torch.cuda.graph_pool_handle() if run.device.type == "cuda" else None
         self.recorded: dict[tuple[int, int], RecordedChunk] = {}
+        self.original = self
 
     def at(self, chunk: Chunk) -> RecordedChunk:
         shape = tuple(chunk.inputs.shape)
         if shape not in self.recorded:
-            self.recorded[shape] = RecordedChunk(self, chunk, self.pool)
+            self.recorded[shape] = RecordedChunk(self.original, chunk, self.pool)
         return self.recorded[shape]
 
-    def prepare(self, batches: Sequence[Sequence[Document]]) -> None:
-        """Records the shapes that come up in `batches`."""
+    def shapes(self, batches: Sequence[Sequence[Document]]) -> list[tuple[int, int]]:
+        """Those that come up in `batches`, the largest first."""
         shapes = {(len(parts), self.width(parts)) for docs in batches for _, parts in self.schedule(docs)}
-        for n, width in sorted(shapes, key=lambda s: (-math.prod(s), s)):
+        return sorted(shapes, key=lambda s: (-math.prod(s), s))
+
+    def prepare(self, batches: Sequence[Sequence[Document]]) -> None:
+        super().prepare(batches)
+        self.record(self.shapes(batches)[:1])
+
+    def record(self, shapes: Sequence[tuple[int, int]]) -> None:
+        """Without a text."""
+        zeros = lambda *shape: torch.zeros(shape, dtype=torch.long, device=self.run.device)
+        for n, width in shapes:
             self.restart(n)
-            zeros = lambda *shape: torch.zeros(shape, dtype=torch.long, device=self.run.device)
             inputs, targets = zeros(n, width), zeros(n, self.cfg.ttt_chunk_size)
             self.at(Chunk(inputs, targets, targets, targets > 0, zeros(n) > 0, True, 0, 0))
+
+    def restart(self, n_docs: int) -> None:
+        """A graph knows its memory by address."""
+        address = self.adapters.room["values"].data_ptr()
+        super().restart(n_docs)
+        if self.adapters.room["values"].data_ptr() != address:
+            self.recorded.clear()
 
     def score_chunk(self, chunk: Chunk, adapters: Adapters, cache: Cache | None) -> Tensor:
         if adapters is not self.adapters:  # of an audit
@@ -5760,8 +5781,8 @@ def only_batches(phases: list[Phase], cfg: Config) -> list[Phase]:
 
 
 def warm_up_ttt(scorer: TestTimeScorer, batches: Sequence[Sequence[Document]]) -> None:
-    """Runs every kernel once on random tokens, so that building it is not counted as evaluation; then what `batches`
-    of the text let a scorer prepare."""
+    """Runs every kernel once on random tokens, so that building it is not counted as evaluation; then the scorer makes
+    room for `batches`, of which it takes no more than how many and how long they are."""
     run, cfg = scorer.run, scorer.cfg
     run.log("ttt_lora:warming up compile (random tokens, no val data)")
     began = time.monotonic()
@@ -5778,6 +5799,7 @@ def warm_up_ttt(scorer: TestTimeScorer, batches: Sequence[Sequence[Document]]) -
         with torch.no_grad():
             for n, p in scorer.model.named_parameters():
                 p.copy_(weights[n])
+        del stand_in, weights  # their memory is wanted next
         scorer.prepare(batches)
         run.sync()
     run.log(f"ttt_lora:compile warmup done ({time.monotonic() - began:.1f}s)")
@@ -6601,6 +6623,7 @@ class CrossPassXsa(Switch):
     """
 
     knob = "cross_pass_xsa_enabled"
+    steady = False  # heads that it reads are the specification's, whose kept context is cut by numbers of the moment
 
     def build(self, model: GPT) -> None:
         model.recur_xsa_beta = nn.Parameter(torch.zeros(self.cfg.num_loops, self.cfg.looped_layers, self.cfg.num_heads))

@@ -56,6 +56,7 @@ from train_gpt import (  # noqa: E402
     Config,
     Docs,
     Document,
+    GraphedScorer,
     Kernels,
     Run,
     TestTimeScorer,
@@ -717,7 +718,8 @@ def run_documents(b: Bench, scorer: TestTimeScorer, lengths: Sequence[int]) -> f
     """Seconds of `run_batch` on one batch, prepared for. Raises ValueError unless all is scored and finite."""
     val, documents = text_of(b, lengths)
     scorer, meter = scorer.over(val), train_gpt.Meter()
-    scorer.prepare([documents])
+    if isinstance(scorer, GraphedScorer):  # of thousands of batches, the first few pay for it
+        scorer.record(scorer.shapes([documents]))
     spent = seconds(b.run, lambda: meter.merge(scorer.run_batch(documents)))
     if meter.tokens != sum(lengths) or not math.isfinite(meter.loss):
         raise ValueError(f"scored {meter.tokens} of {sum(lengths)} tokens with a loss of {meter.loss}")
@@ -765,10 +767,18 @@ def ttt(b: Bench) -> Part:
     batches = fineweb_batches(b)
     text, documents = text_of(b, batches[-1])
     scorer = train_gpt.ttt_scorer(model, text, b.cfg, b.run)
-    warm = seconds(b.run, lambda: train_gpt.warm_up_ttt(scorer, [documents]))
+    largest = [Document(0, 2 * b.cfg.ttt_eval_seq_len)] * max(len(b) for b in (*batches, *long_batches(b)))
+    warm = seconds(b.run, lambda: train_gpt.warm_up_ttt(scorer, [largest]))
     model.requires_grad_(False)
     first = run_documents(b, scorer, batches[-1])  # the shortest once, untimed
-    yield "ttt warm-up", [{"part": "warm_up_ttt", "seconds": warm}, {"part": "first batch", "seconds": first}]
+    rows = [{"part": "warm_up_ttt", "seconds": warm}, {"part": "first batch", "seconds": first}]
+    if isinstance(scorer, GraphedScorer):
+        known, begin = len(scorer.recorded), time.perf_counter()
+        shapes = [shape for lengths in batches for shape in scorer.shapes([text_of(b, lengths)[1]])]
+        scorer.record(shapes)
+        number = len(scorer.recorded) - known
+        rows.append({"part": f"recording {number} shapes, on the clock", "seconds": time.perf_counter() - begin})
+    yield "ttt warm-up", rows
     yield "ttt", [ttt_row(b, scorer, "as in FineWeb", batches)]
     yield "ttt long", long_rows(b, scorer)
 

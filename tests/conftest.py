@@ -11,6 +11,7 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is decorated, that is, on import
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # as DETERMINISTIC=1 has it; read once
 torch.set_num_threads(1)  # the models are tiny: a second thread costs more than it brings
 
 

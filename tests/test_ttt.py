@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import LoneRun, documents, named, tiny_config, tiny_model
+from tapes import record_on_tapes
 from torch import Tensor
 
 import train_gpt
@@ -364,15 +366,69 @@ def test_recorded_chunks_score_and_learn_the_same(recorder: Recorder, grad_steps
             scorer.run_batch(batch)
         results.append(recorder.rows)
         recorder.rows = []
+    assert results[0] == results[1]
+    shapes = scorer.shapes([docs[:3], docs[3:6], docs[6:]])
+    assert set(scorer.recorded) <= set(shapes)  # those from before the largest batch were in memory since given up
     scorer.recorded.clear()
     scorer.prepare([docs[:3], docs[3:6], docs[6:]])
-    shapes = list(scorer.recorded)
-    scorer.run_batch(docs[3:6])
-    assert results[0] == results[1]
-    assert list(scorer.recorded) == shapes  # known beforehand
-    assert shapes[0][0] * shapes[0][1] == max(n * width for n, width in shapes)
+    assert list(scorer.recorded) == shapes[:1] and math.prod(shapes[0]) == max(map(math.prod, shapes))
+    scorer.record(shapes)
+    assert list(scorer.recorded) == shapes
+    scorer.run_batch([docs[8]] * 40)
+    assert {n for n, _ in scorer.recorded} == {40}
     widths = {width for _, width in shapes}
     assert len(set(shapes)) >= 5 and all(width % 4 == 0 for width in widths) or (context, widths) == ("cached", {CHUNK})
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, dict(ttt_grad_steps=2), dict(smear_gate_enabled=True, bigram_hash_enabled=True), dict(ttt_beta1=0.9),
+     dict(attn_out_gate_enabled=True, attn_out_gate_src="q"), dict(ttt_optimizer="sgd", ttt_beta1=0.5)],
+    ids=str,
+)  # fmt: skip
+def test_replayed_chunks_score_and_learn_the_same(monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]) -> None:
+    """Nothing that a graph would hold is of one call alone; the base changes in place between two batches."""
+    record_on_tapes(monkeypatch)
+    assert replayed_difference(looped_model(**changes)) < 1e-4
+
+
+def replayed_difference(model: train_gpt.GPT, lengths: Sequence[int] = (21, 17, 9, 8, 14, 4)) -> float:
+    """Largest difference in nats of a batch, as it is and replayed."""
+    val, totals, half = validation(documents(lengths)), [], len(lengths) // 2
+    docs, weights = val.documents(), [p.clone() for p in model.parameters()]
+    first, second = docs[:half], docs[half:]
+    for kind in (Scorer, train_gpt.GraphedScorer):
+        scorer = kind(model, val, model.cfg, LoneRun())
+        scorer.prepare([first, second])
+        totals.append([scorer.run_batch(batch).nats.item() for batch in (first, second, first)])
+        for p in model.parameters():
+            p.data.mul_(1.05)
+        totals[-1].append(scorer.run_batch(first).nats.item())
+        for p, w in zip(model.parameters(), weights, strict=True):
+            p.data.copy_(w)
+    assert scorer.recorded and totals[0][0] == totals[0][2] != totals[0][3]
+    return max(abs(a - b) for a, b in zip(*totals, strict=True))
+
+
+def test_a_replay_tells_numbers_of_the_moment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The specification cuts a kept context by a number that Python counts: no graph may hold it."""
+    record_on_tapes(monkeypatch)
+    assert replayed_difference(looped_model(ttt_context="cached")) > 1e-2
+
+
+def test_graphs_are_for_what_stays_the_same() -> None:
+    model, run = looped_model(), LoneRun()
+    run.device = torch.device("cuda")
+    fused = lambda kind: train_gpt.FUSED._replace(attention=train_gpt.ATTENTION_KINDS[kind])
+    for kind, allowed in (("triton", True), ("varlen", True), ("sdpa", False)):
+        model.kernels = fused(kind)
+        assert train_gpt.graphable(model.cfg, run, model) == allowed
+    model.kernels = train_gpt.SPEC
+    assert not train_gpt.graphable(model.cfg, run, model)
+    for knob, allowed in (("smear_gate_enabled", True), ("cross_pass_xsa_enabled", False), ("recur_homotopy", False)):
+        other = looped_model(**{knob: True})
+        other.kernels = fused("triton")
+        assert train_gpt.graphable(other.cfg, run, other) == allowed
 
 
 def test_windows_are_padded_to_few_lengths() -> None:
