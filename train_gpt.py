@@ -487,9 +487,8 @@ def config_rules(c: Config) -> list[tuple[bool, str]]:
         (in_lanes, "a looped layer in the two-lane part loses a branch: set LOOP_END below PARALLEL_START_LAYER"),
         (c.gate_window > c.model_dim, "GATE_WINDOW must be at most MODEL_DIM"),
         (c.ttt_eval_seq_len < c.ttt_chunk_size, "TTT_EVAL_SEQ_LEN must be at least TTT_CHUNK_SIZE"),
-        (c.ttt_context == "cached" and (c.smear_gate_enabled or c.bigram_hash_enabled or c.rope_yarn),
-         "TTT_CONTEXT=cached knows neither the token before a chunk nor the length of the row: set it to rerun, or "
-         "SMEAR_GATE_ENABLED=0, BIGRAM_HASH_ENABLED=0 and ROPE_YARN=0"),
+        (c.ttt_context == "cached" and c.rope_yarn,
+         "TTT_CONTEXT=cached does not know the length of the row: set it to rerun, or ROPE_YARN=0"),
         (c.global_ttt_chunk_tokens < c.eval_seq_len, "GLOBAL_TTT_CHUNK_TOKENS must be at least EVAL_SEQ_LEN"),
         (not 2 <= c.matrix_bits <= 8 or not 2 <= c.embed_bits <= 8, "MATRIX_BITS and EMBED_BITS must lie in 2..8"),
         (not 0 < c.val_doc_fraction <= 1, "VAL_DOC_FRACTION must lie in (0, 1]"),
@@ -532,8 +531,6 @@ def follow_up_rules(c: Config) -> list[tuple[bool, str]]:
         (not (0 <= c.tapin_mix_w <= 0.5 and 0 <= c.tapin_v6_cross_w <= 0.5),
          "TAPIN_MIX_W and TAPIN_V6_CROSS_W must lie in [0, 0.5]"),
         (c.eval_hash_emb_buckets < 1, "EVAL_HASH_EMB_BUCKETS must be at least 1"),
-        (c.eval_hash_emb_enabled and c.ttt_context == "cached",
-         "TTT_CONTEXT=cached does not know the token before a chunk: set it to rerun, or EVAL_HASH_EMB_ENABLED=0"),
         (c.eval_loop_emb_enabled and c.num_loops == 0, "EVAL_LOOP_EMB_ENABLED=1 needs a loop: set NUM_LOOPS"),
         (c.tapin_v4_top_k < 1, "TAPIN_V4_TOP_K must be at least 1"),
         (c.muon_grad_power <= 0, f"MUON_GRAD_POWER must be above 0, not {c.muon_grad_power}"),
@@ -2857,6 +2854,9 @@ def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
     return torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin, rest), dim=-1)
 
 
+AHEAD = 2  # tokens that a vector of the embedding may depend on beside its own: SmearGate reads BigramHash's
+
+
 class Cache:
     """Keys and values that all visits have made of the last `room` tokens of each of N documents, without gradient.
 
@@ -3458,7 +3458,9 @@ class GPT(nn.Module):
         cache: Cache | None = None,
     ) -> Tensor:  # fmt: skip
         """Token ids (B, T) to final normed hidden states (B, T, D): one loop over the planned visits."""
-        cfg, kernels, layers = self.cfg, self.kernels, self.layers()
+        cfg, kernels, layers, x = self.cfg, self.kernels, self.layers(), self.embed(tokens, tap)
+        if cache:
+            tokens, x = tokens[:, AHEAD:], x[:, AHEAD:].contiguous()
         rope = rotary_tables(
             cfg, tokens.size(1), docs is None, tokens.device, self.dtype, cache.place if cache else 0
         )
@@ -3474,8 +3476,7 @@ class GPT(nn.Module):
         gates = self.skip_gates.to(self.dtype) if cfg.skip_gates_enabled else [None] * len(self.skip_weights)
         skip_weights = self.skip_weights.to(self.dtype)
 
-        x = x0 = self.embed(tokens, tap)
-        lane, kept = None, []
+        x0, lane, kept = x, None, []
         for visit, added, past in zip(self.plan, visit_deltas, pasts, strict=False):
             where = ctx._replace(past=past, fp8_forward=wide[visit.layer])
             for switch in self.switches:
@@ -3541,7 +3542,7 @@ class GPT(nn.Module):
         docs: boundaries of packed documents (B = 1); None: every row is one text. adapters: test-time training, one set
         per row. tap(name, x): sees the input of every quantized matmul. at (B, C): only these positions are read out,
         targets is (B, C) then. reduction: `mean` gives a scalar, `none` the loss of each target. cache: what the rows'
-        tokens so far left behind; these go on from there.
+        tokens so far left behind; these go on from there, tokens (B, AHEAD + T) with the last of those ahead.
         """
         deltas, head = adapters.pairs() if adapters is not None else (None, None)
         hidden = self.trunk(tokens, docs, deltas, tap, cache)
@@ -5180,7 +5181,7 @@ Part = tuple[Document, Window | None, bool]  # a document, its window of a chunk
 class Chunk(NamedTuple):
     """One chunk of N documents on the device, padded to common lengths."""
 
-    inputs: Tensor  # (N, T)
+    inputs: Tensor  # (N, T), with a kept context (N, AHEAD + T)
     targets: Tensor  # (N, C)
     at: Tensor  # (N, C): positions whose next token is scored
     scored: Tensor  # (N, C): 1 where a target counts
@@ -5341,6 +5342,7 @@ class TestTimeScorer:
         self.model, self.val, self.cfg, self.run = model, val, cfg, run
         self.tokens = torch.from_numpy(val.tokens.astype(np.int32)).to(run.device)
         self.cached = cfg.ttt_context == "cached"
+        self.ahead = AHEAD if self.cached else 0
         self.window_step = min(64, cfg.ttt_eval_seq_len) if model.kernels.fused else 1
         if self.cached:
             self.window_step = cfg.ttt_chunk_size
@@ -5446,10 +5448,10 @@ class TestTimeScorer:
         spans = [(d.start + (w or none).start, *(w or none)[1:]) for d, w, _ in parts]
         # Pinned copies: from pageable memory the host would wait for everything that the device has yet to do.
         start, length, offset, count = upload(spans, device).unsqueeze(-1).unbind(1)  # (N, 1) each
-        column = torch.arange(self.width(parts), device=device)
-        inputs = torch.where(column < length, self.tokens[(start + column).clamp_max(len(self.tokens) - 1)], BOS).long()
+        column = torch.arange(-self.ahead, self.width(parts), device=device)
+        inputs = torch.where(column < length, self.tokens[(start + column).clamp(0, len(self.tokens) - 1)], BOS).long()
         place = torch.arange(width, device=device)
-        scored, at = place < count, (offset + place).clamp_max(len(column) - 1)
+        scored, at = place < count, (offset + place).clamp_max(len(column) - self.ahead - 1)
         targets = self.tokens[(start + at + 1).clamp_max(len(self.tokens) - 1)].long()
         first = [(s + o + 1, n) for s, _, o, n in spans]
         n_bytes = sum(int(self.byte_sums[a + n] - self.byte_sums[a]) for a, n in first)
@@ -5514,7 +5516,7 @@ class GraphedScorer(TestTimeScorer):
 
     def shapes(self, batches: Sequence[Sequence[Document]]) -> list[tuple[int, int]]:
         """Those that come up in `batches`, the largest first."""
-        shapes = {(len(parts), self.width(parts)) for docs in batches for _, parts in self.schedule(docs)}
+        shapes = {(len(p), self.ahead + self.width(p)) for docs in batches for _, p in self.schedule(docs)}
         return sorted(shapes, key=lambda s: (-math.prod(s), s))
 
     def prepare(self, batches: Sequence[Sequence[Document]]) -> None:

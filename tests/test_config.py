@@ -191,7 +191,7 @@ REFUSED = [
     ({"TTT_WARM_START_A": 1}, "number of ranks"),
     ({"TAPIN_MIN_MATCH": 101}, "TAPIN_MIN_MATCH"),
     ({"EVAL_HASH_EMB_BUCKETS": 0}, "EVAL_HASH_EMB_BUCKETS"),
-    ({"EVAL_HASH_EMB_ENABLED": 1, "TTT_CONTEXT": "cached"}, "TTT_CONTEXT"),
+    ({"ROPE_YARN": 1, "TTT_CONTEXT": "cached"}, "TTT_CONTEXT"),
     ({"EVAL_LOOP_EMB_ENABLED": 1, "NUM_LOOPS": 0}, "NUM_LOOPS"),
     ({"TAPIN_MIX_W": 0.6}, "TAPIN_MIX_W"),
     ({"TAPIN_V4_TOP_K": 0}, "TAPIN_V4_TOP_K"),

@@ -376,15 +376,16 @@ def test_interpreted_blocks_show_calibration_the_same_inputs(name: str) -> None:
 def test_interpreted_adapters_learn_the_same_from_a_cached_context() -> None:
     """Keys of earlier chunks are read where they lie, in a ring that is full after two of five chunks."""
     tokens = torch.from_numpy(documents((20, 20)).astype("int64")).view(2, 20)
-    results = []
+    before, results = torch.cat((tokens[:, :1], tokens[:, :1], tokens), 1), []
     for model in plain_and_fused({}):
         model.requires_grad_(False)
         adapters, cache = adapters_for(model, 2), train_gpt.Cache(model.cfg, len(model.plan))
         adapters.values.add_(0.1)
         cache.restart(2)
-        for part in tokens.split(4, dim=1):
+        for i, part in enumerate(tokens.split(4, dim=1)):
             adapters.live.grad = None
-            losses = model(part, part.roll(-1, 1), adapters=adapters, reduction="none", cache=cache)
+            inputs, targets = before[:, 4 * i : 4 * i + 4 + train_gpt.AHEAD], part.roll(-1, 1)
+            losses = model(inputs, targets, adapters=adapters, reduction="none", cache=cache)
             losses.sum().backward()
             cache.commit()
         assert cache.room == 8 and cache.unused == 0

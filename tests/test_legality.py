@@ -30,7 +30,7 @@ SWITCHES: dict[str, dict[str, Any]] = {  # everything that evaluation can be ask
     "as the record": {},
     "gates, two updates": dict(smear_gate_enabled=True, attn_out_gate_enabled=True, ttt_grad_steps=2),
     "sgd": dict(ttt_optimizer="sgd", ttt_beta1=0.5, ttt_lora_lr=1.0, ttt_k_lora=False),
-    "cached": dict(ttt_context="cached"),
+    "cached": dict(ttt_context="cached", smear_gate_enabled=True, bigram_hash_enabled=True),
     "no bypasses, one phase, two epochs": dict(
         ttt_o_lora=False, ttt_mlp_lora=False, phased_ttt_num_phases=1, global_ttt_epochs=2,
         global_ttt_respect_doc_boundaries=False,

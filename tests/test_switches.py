@@ -243,7 +243,6 @@ def test_xielu_has_the_leaky_square_inside() -> None:
     (dict(RECUR_ALPHA_ENABLED=1, NUM_LOOPS=0), "NUM_LOOPS"),
     (dict(RECUR_ALPHA_ENABLED=1, RECUR_ALPHA_VALUES="1,1,1"), "2 rows of 3"),
     (dict(BIGRAM_HASH_ENABLED=1, BIGRAM_HASH_DIM=0), "BIGRAM_HASH_DIM"),
-    (dict(BIGRAM_HASH_ENABLED=1, TTT_CONTEXT="cached"), "TTT_CONTEXT=cached"),
 ])  # fmt: skip
 def test_settings_that_cannot_work_are_refused(knobs: dict[str, object], word: str) -> None:
     (line,) = problems(**knobs)
