@@ -158,7 +158,7 @@ def seeded_values(mode: str) -> dict[str, np.ndarray]:
     with torch.no_grad():
         values["ttt"] = model(tokens.view(2, 20), targets.view(2, 20), adapters=adapters, reduction="none")
     sums = train_gpt.calibrate(model, [tokens.view(2, 20)], LoneRun())
-    values |= {f"hessian_diag.{name}": h.diagonal() for name, h in sums.items()}
+    values |= {f"hessian_diag.{name}": h.diagonal() for name, h in sums.items() if h.dim() == 2}
     return {f"seeded.{mode}.{k}": v.numpy() for k, v in values.items()}
 
 

@@ -185,6 +185,8 @@ def test_hessians_are_sums_over_all_visits(looped: bool) -> None:
     for b in batches:
         model(b, tap=lambda name, x: inputs.setdefault(name, []).append(x.detach().reshape(-1, x.size(-1))))
     sums = calibrate(model, batches, LoneRun())
+    counts = sums.pop("tokens")
+    assert torch.equal(counts, torch.stack(batches).flatten().bincount(minlength=cfg.vocab_size).float())
     assert set(sums) == set(inputs)
     for name, xs in inputs.items():
         x = torch.cat(xs)
@@ -216,7 +218,8 @@ def quantized(**changes: object) -> tuple[dict[str, Tensor], dict[str, Coded]]:
 
 def test_every_tensor_has_its_stored_form(capsys: pytest.CaptureFixture[str]) -> None:
     sigmas = {"mlp": 10.0, "attn": 9.0, "embed": 8.0}
-    flat, coded = quantized(matrix_bits=5, embed_bits=7, **{f"{k}_clip_sigmas": v for k, v in sigmas.items()})
+    clips = {f"{k}_clip_sigmas": v for k, v in sigmas.items()}
+    flat, coded = quantized(matrix_bits=5, embed_bits=7, embed_step_power=0.0, **clips)
     assert list(coded) == list(flat)
     for name, c in coded.items():
         if name.endswith("attn_gate_w"):
@@ -386,17 +389,49 @@ def test_batches_give_the_codes_of_each_matrix_alone() -> None:
     for name, c in coded.items():
         if c.kind == "gptq":
             clip = next((v for k, v in {"mlp": 12.0, "attn": 13.0}.items() if f".{k}." in name), 15.0)
-            q, scale = gptq(flat[name], sums[hessian_key(name)], c.bits, clip)
+            steps = train_gpt.token_steps(sums["tokens"], 0.25)
+            more = dict(damping=0.5, steps=steps) if name == "tok_emb.weight" else {}
+            q, scale = gptq(flat[name], sums[hessian_key(name)], c.bits, clip, **more)
             assert torch.equal(c.codes, q), name
             assert torch.equal(c.scale, scale), name
             assert c.codes.untyped_storage().nbytes() == c.codes.numel(), "not a view of its batch"
+
+
+def test_steps_of_the_embedding_fall_with_the_count_of_a_token() -> None:
+    counts = torch.tensor([0.0, 3, 3, 10, 84])
+    steps = train_gpt.token_steps(counts, 0.25)
+    assert abs(steps.log().mean().item()) < 1e-6
+    assert torch.allclose(steps / steps[0], (1 + counts / 20) ** -0.25)
+    assert torch.equal(train_gpt.token_steps(torch.zeros(4), 0.25), torch.ones(4))
+    model = tiny_model()
+    sums = calibrate(model, [torch.ones(4, 16, dtype=torch.long)], LoneRun())
+    flat = unbank(model.state_dict())
+    codes = [
+        quantize(model.state_dict(), sums, tiny_config(embed_step_power=power), LoneRun())["tok_emb.weight"]
+        for power in (0.0, 0.25)
+    ]
+    ratio = codes[1].scale.float() / codes[0].scale.float()
+    assert ratio[1] < 0.4 and torch.allclose(ratio[2:], ratio[:1], rtol=2e-3) and 1 < ratio[0] < 1.1
+    errors = [(c.decode() - flat["tok_emb.weight"]).square().mean(1) for c in codes]
+    assert errors[1][1] < 0.2 * errors[0][1]
+    for knobs in (dict(embed_clip_sigmas=1.5), dict(embed_step_power=2.0)):
+        c = quantize(model.state_dict(), sums, tiny_config(**knobs), LoneRun())["tok_emb.weight"]
+        assert (c.scale.float() * 63 * 1.001 >= flat["tok_emb.weight"].abs().amax(1)).all(), "no weight is out of range"
+
+
+def test_hessians_without_counts_are_told() -> None:
+    model = tiny_model()
+    sums = calibrate(model, [torch.ones(1, 4, dtype=torch.long)], LoneRun())
+    with pytest.raises(train_gpt.Stop) as stop:
+        quantize(model.state_dict(), {k: h for k, h in sums.items() if k != "tokens"}, model.cfg, LoneRun())
+    assert "FROM_STAGE=calibrate" in stop.value.sentence
 
 
 def test_trouble_with_hessians_is_told(capsys: pytest.CaptureFixture[str]) -> None:
     model = tiny_model()
     sums = calibrate(model, [torch.arange(1, 65).view(4, 16)], LoneRun())
     sums["head"] = torch.eye(32)
-    sums["head"][0, 1] = sums["head"][1, 0] = 1.05
+    sums["head"][0, 1] = sums["head"][1, 0] = 1.55
     quantize(model.state_dict(), sums, model.cfg, LoneRun())
     assert "GPTQ: tok_emb.weight and its like: 1 of 1 Hessians are not positive definite" in capsys.readouterr().out
     sums["head"].fill_(math.nan)
