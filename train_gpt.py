@@ -199,6 +199,7 @@ class Config:
     embed_damping: float = 0.5           # what GPTQ adds to the diagonal of its Hessian, in means of that
     mlp_clip_sigmas: float = 12.0        # MLP matrices
     attn_clip_sigmas: float = 13.0       # attention matrices
+    matrix_step_power: float = 0.4       # steps of a matrix fall with this power of what its errors cost; 0: all alike
     gated_attn_quant_gate: bool = True   # store the head gates as int8 rows
 
     # Test-time training
@@ -492,6 +493,8 @@ def config_rules(c: Config) -> list[tuple[bool, str]]:
         (c.ttt_context == "cached" and c.rope_yarn,
          "TTT_CONTEXT=cached does not know the length of the row: set it to rerun, or ROPE_YARN=0"),
         (c.global_ttt_chunk_tokens < c.eval_seq_len, "GLOBAL_TTT_CHUNK_TOKENS must be at least EVAL_SEQ_LEN"),
+        (not (0 <= c.embed_step_power <= 1 and 0 <= c.matrix_step_power <= 1 and c.embed_damping > 0),
+         "EMBED_STEP_POWER and MATRIX_STEP_POWER must lie in [0, 1], EMBED_DAMPING above 0"),
         (not 2 <= c.matrix_bits <= 8 or not 2 <= c.embed_bits <= 8, "MATRIX_BITS and EMBED_BITS must lie in 2..8"),
         (not 0 < c.val_doc_fraction <= 1, "VAL_DOC_FRACTION must lie in (0, 1]"),
         (not 0 <= c.ema_decay < 1, "EMA_DECAY must lie in [0, 1)"),
@@ -4229,15 +4232,20 @@ class Matrix(NamedTuple):
     half: int  # first or second run of L matrices in the bank
     site: str  # the matmul input whose Hessian it uses
     clip: str  # the knob {clip}_clip_sigmas
+    costs: tuple[float, float, float]  # of its errors, in layers before, in and after the loop
 
 
+# Costs are what a million weights added to the loss at the record's steps, in mnats, one kind quantized at a time: the
+# weights of one artifact with noise as float weights, 24,576 validation tokens, 0.1 to 0.5 standard error. With all
+# matrices quantized and at equal bytes, two draws of the noise each: 34.8 and 34.7 mnats with a power of 0, 28.4
+# and 31.0 with 0.35, 27.8 (one draw) with 0.5; 1.5 standard error.
 MATRICES = {  # public name inside a block -> place
-    "attn.c_q": Matrix("qo_bank", 0, "attn_in", "attn"),
-    "attn.c_k": Matrix("kv_bank", 0, "attn_in", "attn"),
-    "attn.c_v": Matrix("kv_bank", 1, "attn_in", "attn"),
-    "attn.proj": Matrix("qo_bank", 1, "attn_out", "attn"),
-    "mlp.fc": Matrix("mlp_up_bank", 0, "mlp_in", "mlp"),
-    "mlp.proj": Matrix("mlp_down_bank", 0, "mlp_out", "mlp"),
+    "attn.c_q": Matrix("qo_bank", 0, "attn_in", "attn", (0.2, 0.2, 0.2)),
+    "attn.c_k": Matrix("kv_bank", 0, "attn_in", "attn", (0.8, 0.8, 0.8)),
+    "attn.c_v": Matrix("kv_bank", 1, "attn_in", "attn", (1.57, 1.57, 1.57)),
+    "attn.proj": Matrix("qo_bank", 1, "attn_out", "attn", (1.6, 1.6, 1.6)),
+    "mlp.fc": Matrix("mlp_up_bank", 0, "mlp_in", "mlp", (0.6, 0.42, 1.4)),
+    "mlp.proj": Matrix("mlp_down_bank", 0, "mlp_out", "mlp", (0.39, 0.65, 1.02)),
 }
 
 
@@ -4324,15 +4332,15 @@ def gptq(  # noqa: PLR0913
     row that covers `clip_sigmas` standard deviations. Frantar et al. 2022, arXiv 2210.17323; columns are taken by
     descending Hessian diagonal. Rows do not see each other, so matrices of one input may be stacked; leading dimensions
     are independent problems, solved side by side: on a GPU a column takes the time of its launches, whatever its
-    length. steps (..., rows): what each row's scale is multiplied with, as far as no code is clipped by it. say: hears
-    of Hessians that needed more damping. tick: hears how many columns are done, block by block.
+    length. steps (..., rows): what each row's scale is multiplied with. say: hears of Hessians that needed more
+    damping. tick: hears how many columns are done, block by block.
     """
     shape = weight.shape
     w, h = weight.float().reshape(-1, *shape[-2:]), hessian.float().reshape(-1, shape[-1], shape[-1]).clone()
     top = 2 ** (bits - 1) - 1
     scale = clip_sigmas * w.std(dim=-1) / top
     if steps is not None:
-        scale = torch.maximum(scale * steps.view_as(scale), w.abs().amax(dim=-1) / top)
+        scale = scale * steps.view_as(scale)
     scale = scale.clamp_min(1e-10).half()
     scale = torch.where(scale == 0, torch.finfo(torch.float16).smallest_normal, scale)
     diagonal = h.diagonal(dim1=-2, dim2=-1)  # a view
@@ -4405,7 +4413,6 @@ class Batch(NamedTuple):
     bits: int
     clip: float
     damping: float
-    power: float  # of a row's count, by which its step falls
     stacks: list[list[str]]
 
 
@@ -4418,11 +4425,11 @@ def gptq_batches(flat: Mapping[str, Tensor], cfg: Config) -> list[Batch]:
     for name in flat:
         matrix = next((m for key, m in MATRICES.items() if name.endswith(f".{key}.weight")), None)
         if matrix:
-            knobs = cfg.matrix_bits, getattr(cfg, f"{matrix.clip}_clip_sigmas"), 0.01, 0.0
+            knobs = cfg.matrix_bits, getattr(cfg, f"{matrix.clip}_clip_sigmas"), 0.01
         elif name == "tok_emb.weight":
-            knobs = cfg.embed_bits, cfg.embed_clip_sigmas, cfg.embed_damping, cfg.embed_step_power
+            knobs = cfg.embed_bits, cfg.embed_clip_sigmas, cfg.embed_damping
         elif role_of(name).storage == "gptq":
-            knobs = cfg.matrix_bits, cfg.embed_clip_sigmas, 0.01, 0.0
+            knobs = cfg.matrix_bits, cfg.embed_clip_sigmas, 0.01
         else:
             continue
         stacks.setdefault((hessian_key(name), *knobs), []).append(name)
@@ -4433,12 +4440,35 @@ def gptq_batches(flat: Mapping[str, Tensor], cfg: Config) -> list[Batch]:
     return sorted(batches.values(), key=lambda b: -b.columns)
 
 
-def token_steps(counts: Tensor, power: float) -> Tensor:
-    """Relative steps of the embedding's rows (V,) by how often each token was seen, their geometric mean 1.
+def relative_steps(
+    batches: Sequence[Batch], flat: Mapping[str, Tensor], counts: Tensor, cfg: Config
+) -> dict[str, Tensor]:
+    """Of all matrices of `batches`, what the step of each row (rows,) is multiplied with: 1 on average, in logarithms.
 
-    A row's error costs in proportion to how often its token is read or likely to be next, so at equal bytes the steps
-    of the frequent ones are finer (reverse water-filling would give a power of 1/2; the rarest have an error that
-    others see, hence 1 + the count over its mean). The Hessian is that of the head alone, and what reads the rows as
+    At equal bytes the loss is least where an error's cost times its square is the same everywhere, that is, for steps
+    by the costs to the -1/2 (reverse water-filling). Powers of 0 give the record's steps.
+    """
+    names = [name for b in batches for stack in b.stacks for name in stack]
+    logs, total, size = {}, 0.0, 0
+    for name in names:
+        if matrix := next((m for key, m in MATRICES.items() if name.endswith(f".{key}.weight")), None):
+            layer = int(name.split(".")[1])
+            cost = matrix.costs[(layer >= cfg.loop_start) + (layer > cfg.loop_end)]
+            logs[name] = -cfg.matrix_step_power * math.log(cost)
+            total, size = total + logs[name] * flat[name].numel(), size + flat[name].numel()
+    steps = {n: flat[n].new_full((len(flat[n]),), math.exp(logs[n] - total / size) if n in logs else 1) for n in names}
+    if cfg.embed_step_power:
+        embedding = flat["tok_emb.weight"].float()
+        most = embedding.abs().amax(1) / (cfg.embed_clip_sigmas * embedding.std(dim=1)).clamp_min(1e-10)
+        steps["tok_emb.weight"] = torch.maximum(token_steps(counts.to(most.device), cfg.embed_step_power), most)
+    return steps
+
+
+def token_steps(counts: Tensor, power: float) -> Tensor:
+    """Relative steps of the embedding's rows (V,) by how often each token was seen.
+
+    A row's error costs in proportion to how often its token is read or likely to be next; the rarest have an error that
+    others see, hence 1 + the count over its mean. The Hessian is that of the head alone, and what reads the rows as
     inputs weighs all directions about alike, hence EMBED_DAMPING. With one artifact's weights, over 32,768 tokens: the
     embedding's share of the loss 8.3 -> 2.2 mnats at the same bytes, 0.6 standard error.
     """
@@ -4459,13 +4489,14 @@ def share_of(rank: int, world: int, batches: Sequence[Batch]) -> list[Batch]:
 
 
 def code_batch(
-    b: Batch, flat: Mapping[str, Tensor], hessians: Mapping[str, Tensor], **hooks: Callable[..., None]
-) -> dict[str, Coded]:
-    """GPTQ of one batch; `hooks` are those of `gptq`."""
-    weight = torch.stack([torch.cat([flat[name] for name in stack]) for stack in b.stacks])
+    b: Batch, flat: Mapping[str, Tensor], hessians: Mapping[str, Tensor], steps: Mapping[str, Tensor],
+    **hooks: Callable[..., None],
+) -> dict[str, Coded]:  # fmt: skip
+    """GPTQ of one batch, with the relative steps of each matrix's rows; `hooks` are those of `gptq`."""
+    stacked = lambda of: torch.stack([torch.cat([of[name] for name in stack]) for stack in b.stacks])
+    weight, relative = stacked(flat), stacked(steps)
     hessian = torch.stack([hessians[hessian_key(stack[0])].to(weight.device) for stack in b.stacks])
-    steps = token_steps(hessians["tokens"], b.power).to(weight.device).expand(weight.shape[:-1]) if b.power else None
-    parts = [t.cpu() for t in gptq(weight, hessian, b.bits, b.clip, damping=b.damping, steps=steps, **hooks)]
+    parts = [t.cpu() for t in gptq(weight, hessian, b.bits, b.clip, damping=b.damping, steps=relative, **hooks)]
     coded = {}
     for i, stack in enumerate(b.stacks):
         codes, scales = (t[i].split([len(flat[name]) for name in stack]) for t in parts)
@@ -4483,7 +4514,8 @@ def code_small(name: str, x: Tensor, cfg: Config) -> Coded:
 
 
 def code_share(
-    share: Sequence[Batch], flat: Mapping[str, Tensor], hessians: Mapping[str, Tensor], run: Run
+    share: Sequence[Batch], flat: Mapping[str, Tensor], hessians: Mapping[str, Tensor], steps: Mapping[str, Tensor],
+    run: Run,
 ) -> tuple[dict[str, tuple], list[str], str]:
     """One rank's part: its coded matrices, what GPTQ had to say, and what it failed at, if it did."""
     coded, notes, done, began = {}, [], 0, time.monotonic()
@@ -4492,7 +4524,7 @@ def code_share(
         say = lambda text, like=b.stacks[0][0]: notes.append(f"{like} and its like: {text}")
         tick = lambda columns, done=done: run.progress("quantizing", done + columns, total, began)
         try:
-            part = code_batch(b, flat, hessians, say=say, tick=tick)
+            part = code_batch(b, flat, hessians, steps, say=say, tick=tick)
         except ValueError as e:
             return {}, notes, str(e)
         coded |= {name: tuple(c) for name, c in part.items()}
@@ -4508,7 +4540,8 @@ def quantize(state: Mapping[str, Tensor], hessians: Mapping[str, Tensor], cfg: C
     for switch in switches(cfg):
         flat, hessians = switch.code(flat, hessians, run)
     batches = gptq_batches(flat, cfg)
-    shares = run.gather(code_share(share_of(run.rank, run.world, batches), flat, hessians, run))
+    steps = relative_steps(batches, flat, hessians["tokens"], cfg)
+    shares = run.gather(code_share(share_of(run.rank, run.world, batches), flat, hessians, steps, run))
     for note in itertools.chain.from_iterable(notes for _, notes, _ in shares):
         run.log(f"GPTQ: {note}")
     if troubles := [trouble for *_, trouble in shares if trouble]:

@@ -788,7 +788,7 @@ def random_hessians(b: Bench, flat: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """x^T x of random inputs for every matrix that GPTQ quantizes, keyed as `calibrate` keys them."""
     names = [n for n in flat if n == "tok_emb.weight" or any(n.endswith(f".{m}.weight") for m in train_gpt.MATRICES)]
     widths = {train_gpt.hessian_key(name): flat[name].size(1) for name in names}
-    out = {}
+    out = {"tokens": 1e4 / torch.arange(1, b.cfg.vocab_size + 1, device=b.device)}  # as in any text, by Zipf
     for key, width in widths.items():
         x = torch.randn(2 * width, width, device=b.device) * (0.5 + torch.rand(width, device=b.device))
         out[key] = x.mT @ x

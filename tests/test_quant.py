@@ -219,7 +219,7 @@ def quantized(**changes: object) -> tuple[dict[str, Tensor], dict[str, Coded]]:
 def test_every_tensor_has_its_stored_form(capsys: pytest.CaptureFixture[str]) -> None:
     sigmas = {"mlp": 10.0, "attn": 9.0, "embed": 8.0}
     clips = {f"{k}_clip_sigmas": v for k, v in sigmas.items()}
-    flat, coded = quantized(matrix_bits=5, embed_bits=7, embed_step_power=0.0, **clips)
+    flat, coded = quantized(matrix_bits=5, embed_bits=7, embed_step_power=0.0, matrix_step_power=0.0, **clips)
     assert list(coded) == list(flat)
     for name, c in coded.items():
         if name.endswith("attn_gate_w"):
@@ -386,12 +386,12 @@ def test_batches_give_the_codes_of_each_matrix_alone() -> None:
     model = tiny_model(smear_gate_enabled=True, attn_out_gate_enabled=True)
     tokens = torch.from_numpy(documents((16,) * 8).astype("int64")).view(8, 16)
     sums = calibrate(model, [tokens], LoneRun())
+    steps = train_gpt.relative_steps(train_gpt.gptq_batches(flat, model.cfg), flat, sums["tokens"], model.cfg)
     for name, c in coded.items():
         if c.kind == "gptq":
             clip = next((v for k, v in {"mlp": 12.0, "attn": 13.0}.items() if f".{k}." in name), 15.0)
-            steps = train_gpt.token_steps(sums["tokens"], 0.25)
-            more = dict(damping=0.5, steps=steps) if name == "tok_emb.weight" else {}
-            q, scale = gptq(flat[name], sums[hessian_key(name)], c.bits, clip, **more)
+            damping = 0.5 if name == "tok_emb.weight" else 0.01
+            q, scale = gptq(flat[name], sums[hessian_key(name)], c.bits, clip, damping=damping, steps=steps[name])
             assert torch.equal(c.codes, q), name
             assert torch.equal(c.scale, scale), name
             assert c.codes.untyped_storage().nbytes() == c.codes.numel(), "not a view of its batch"
@@ -414,9 +414,29 @@ def test_steps_of_the_embedding_fall_with_the_count_of_a_token() -> None:
     assert ratio[1] < 0.4 and torch.allclose(ratio[2:], ratio[:1], rtol=2e-3) and 1 < ratio[0] < 1.1
     errors = [(c.decode() - flat["tok_emb.weight"]).square().mean(1) for c in codes]
     assert errors[1][1] < 0.2 * errors[0][1]
-    for knobs in (dict(embed_clip_sigmas=1.5), dict(embed_step_power=2.0)):
+    for knobs in (dict(embed_clip_sigmas=1.5), dict(embed_step_power=1.0)):
         c = quantize(model.state_dict(), sums, tiny_config(**knobs), LoneRun())["tok_emb.weight"]
         assert (c.scale.float() * 63 * 1.001 >= flat["tok_emb.weight"].abs().amax(1)).all(), "no weight is out of range"
+
+
+def test_steps_of_the_matrices_fall_with_the_cost_of_their_errors() -> None:
+    model = tiny_model()
+    flat, cfg = unbank(model.state_dict()), model.cfg
+    batches = train_gpt.gptq_batches(flat, cfg)
+    names = {f"blocks.{i}.{m}.weight": (m, i) for m in train_gpt.MATRICES for i in range(cfg.num_layers)}
+    for power in (0.0, 0.5):
+        changed = tiny_config(matrix_step_power=power)
+        steps = train_gpt.relative_steps(batches, flat, torch.ones(cfg.vocab_size), changed)
+        assert all(len(steps[name]) == len(flat[name]) for name in [*names, "tok_emb.weight"])
+        logs = sum(steps[name][0].log().item() * flat[name].numel() for name in names)
+        assert abs(logs) < 1e-3 * sum(flat[name].numel() for name in names), "as many bits as with equal steps"
+        products = set()
+        for name, (matrix, i) in names.items():
+            cost = train_gpt.MATRICES[matrix].costs[0 if i < cfg.loop_start else 1 if i <= cfg.loop_end else 2]
+            products.add(round(cost**power * steps[name][0].item(), 4))
+            assert (steps[name] == steps[name][0]).all()
+        assert len(products) == 1
+    assert steps["blocks.0.attn.c_q.weight"][0] > 1 > steps["blocks.0.attn.c_v.weight"][0]
 
 
 def test_hessians_without_counts_are_told() -> None:
