@@ -200,6 +200,7 @@ class Config:
     mlp_clip_sigmas: float = 12.0        # MLP matrices
     attn_clip_sigmas: float = 13.0       # attention matrices
     matrix_step_power: float = 0.4       # steps of a matrix fall with this power of what its errors cost; 0: all alike
+    scale_bits: int = 4                  # mantissa bits of the scales of rows, 10 of a half float at most
     gated_attn_quant_gate: bool = True   # store the head gates as int8 rows
 
     # Test-time training
@@ -458,13 +459,8 @@ def config_rules(c: Config) -> list[tuple[bool, str]]:
         ttt_context=("rerun", "cached"), spinquant_mode=("baseline", "internal_only", "full", "port_1695"),
         recur_alpha_form=("learned", "frozen", "literal"), from_stage=("", *STAGES[1:]),
     )  # fmt: skip
-    named = [
-        (
-            getattr(c, k) not in allowed,
-            f"{k.upper()}={getattr(c, k)!r}: choose one of {', '.join(a for a in allowed if a)}",
-        )
-        for k, allowed in choices.items()
-    ]
+    choose = lambda k, of: f"{k.upper()}={getattr(c, k)!r}: choose one of {', '.join(a for a in of if a)}"
+    named = [(getattr(c, k) not in allowed, choose(k, allowed)) for k, allowed in choices.items()]
     positive = (
         "iterations", "train_batch_tokens", "train_seq_len", "eval_seq_len", "val_batch_tokens", "num_layers",
         "model_dim", "num_heads", "num_kv_heads", "vocab_size", "ttt_chunk_size", "ttt_eval_seq_len", "ttt_batch_size",
@@ -495,7 +491,8 @@ def config_rules(c: Config) -> list[tuple[bool, str]]:
         (c.global_ttt_chunk_tokens < c.eval_seq_len, "GLOBAL_TTT_CHUNK_TOKENS must be at least EVAL_SEQ_LEN"),
         (not (0 <= c.embed_step_power <= 1 and 0 <= c.matrix_step_power <= 1 and c.embed_damping > 0),
          "EMBED_STEP_POWER and MATRIX_STEP_POWER must lie in [0, 1], EMBED_DAMPING above 0"),
-        (not 2 <= c.matrix_bits <= 8 or not 2 <= c.embed_bits <= 8, "MATRIX_BITS and EMBED_BITS must lie in 2..8"),
+        (not (2 <= c.matrix_bits <= 8 and 2 <= c.embed_bits <= 8 and 0 <= c.scale_bits <= 10),
+         "MATRIX_BITS and EMBED_BITS must lie in 2..8, SCALE_BITS in 0..10"),
         (not 0 < c.val_doc_fraction <= 1, "VAL_DOC_FRACTION must lie in (0, 1]"),
         (not 0 <= c.ema_decay < 1, "EMA_DECAY must lie in [0, 1)"),
         (c.warmdown_frac <= 0, "WARMDOWN_FRAC must be above 0"),
@@ -2414,12 +2411,13 @@ if triton is not None:
 
     @triton.jit
     def adamw_kernel(  # noqa: PLR0913
-        bias_ptr, rates_ptr, grad_ptr, values_ptr, live_ptr, first_ptr, second_ptr, N, P, beta1, beta2, eps, decay,
+        bias_ptr, rates_ptr, grad_ptr, values_ptr, live_ptr, first_ptr, second_ptr, P, beta1, beta2, eps, decay,
         BLOCK: tl.constexpr,
     ):  # fmt: skip  # noqa: PLR0913
         """BLOCK columns of one row; its neighbors in time are the same columns of other rows, with the same rates."""
-        col = tl.program_id(0) // N * BLOCK + tl.arange(0, BLOCK)
-        at, inside = (tl.program_id(0) % N).to(tl.int64) * P + col, col < P
+        n_rows = tl.num_programs(0) // tl.cdiv(P, BLOCK)  # as an argument, each kind of number would be another kernel
+        col = tl.program_id(0) // n_rows * BLOCK + tl.arange(0, BLOCK)
+        at, inside = (tl.program_id(0) % n_rows).to(tl.int64) * P + col, col < P
         grad = tl.load(grad_ptr + at, mask=inside, other=0.0).to(tl.float32)
         rate = tl.load(rates_ptr + col, mask=inside, other=0.0)
         second = tl.load(second_ptr + at, mask=inside, other=0.0)
@@ -2443,7 +2441,7 @@ def adamw_fused(
     """20 bytes a number (28 with a first moment): at 8.4 million numbers a document the time is that of memory."""
     (n, width), block, bias = values.shape, 1024, c.bias(steps).float()
     rows = rates, gradient.contiguous(), values, live, first, second
-    adamw_kernel[(n * triton.cdiv(width, block),)](bias, *rows, n, width, *c, block, num_warps=4)
+    adamw_kernel[(n * triton.cdiv(width, block),)](bias, *rows, width, *c, block, num_warps=4)
     return live
 
 
@@ -3451,21 +3449,20 @@ class GPT(nn.Module):
             return [*zip(float8_of([w.qkv for w in layers]), float8_of([w.up for w in layers]), strict=True)]
         return [None] * len(layers)
 
-    def embed(self, tokens: Tensor, tap: Tap | None = None) -> Tensor:
-        """(B, T) -> (B, T, D), normed."""
+    def embed(self, tokens: Tensor, tap: Tap | None = None, ahead: int = 0) -> Tensor:
+        """(B, T) -> (B, T - ahead, D), normed."""
         x = F.embedding(tokens, self.tok_emb.weight).to(self.dtype)
         for switch in self.switches:
             x = switch.embed(self, x, tokens, tap)
-        return self.kernels.mean_norm(x, None)
+        return self.kernels.mean_norm(x[:, ahead:].contiguous(), None)
 
     def trunk(
         self, tokens: Tensor, docs: Docs | None, deltas: Sequence[Deltas] | None, tap: Tap | None,
         cache: Cache | None = None,
     ) -> Tensor:  # fmt: skip
         """Token ids (B, T) to final normed hidden states (B, T, D): one loop over the planned visits."""
-        cfg, kernels, layers, x = self.cfg, self.kernels, self.layers(), self.embed(tokens, tap)
-        if cache:
-            tokens, x = tokens[:, AHEAD:], x[:, AHEAD:].contiguous()
+        cfg, kernels, layers, ahead = self.cfg, self.kernels, self.layers(), AHEAD if cache else 0
+        x, tokens = self.embed(tokens, tap, ahead), tokens[:, ahead:]
         rope = rotary_tables(
             cfg, tokens.size(1), docs is None, tokens.device, self.dtype, cache.place if cache else 0
         )
@@ -4323,6 +4320,7 @@ def gptq(  # noqa: PLR0913
     block_size: int = 128,
     damping: float = 0.01,
     steps: Tensor | None = None,
+    scale_bits: int = 10,
     say: Callable[[str], None] = print,
     tick: Callable[[int], None] = lambda columns: None,
 ) -> tuple[Tensor, Tensor]:  # noqa: PLR0913
@@ -4332,8 +4330,9 @@ def gptq(  # noqa: PLR0913
     row that covers `clip_sigmas` standard deviations. Frantar et al. 2022, arXiv 2210.17323; columns are taken by
     descending Hessian diagonal. Rows do not see each other, so matrices of one input may be stacked; leading dimensions
     are independent problems, solved side by side: on a GPU a column takes the time of its launches, whatever its
-    length. steps (..., rows): what each row's scale is multiplied with. say: hears of Hessians that needed more
-    damping. tick: hears how many columns are done, block by block.
+    length. steps (..., rows): what each row's scale is multiplied with. scale_bits: of the scales' mantissas; with 4
+    they are up to 3 % off, which costs nothing, since codes are made for them, and take a third of the bytes. say:
+    hears of Hessians that needed more damping. tick: hears how many columns are done, block by block.
     """
     shape = weight.shape
     w, h = weight.float().reshape(-1, *shape[-2:]), hessian.float().reshape(-1, shape[-1], shape[-1]).clone()
@@ -4341,7 +4340,8 @@ def gptq(  # noqa: PLR0913
     scale = clip_sigmas * w.std(dim=-1) / top
     if steps is not None:
         scale = scale * steps.view_as(scale)
-    scale = scale.clamp_min(1e-10).half()
+    low = 1 << 10 - scale_bits  # of the bits that are dropped, one more than all
+    scale = (scale.clamp_min(1e-10).half().view(torch.int16) + low // 2 & -low).view(torch.float16)
     scale = torch.where(scale == 0, torch.finfo(torch.float16).smallest_normal, scale)
     diagonal = h.diagonal(dim1=-2, dim2=-1)  # a view
     dead = diagonal == 0
@@ -4413,6 +4413,7 @@ class Batch(NamedTuple):
     bits: int
     clip: float
     damping: float
+    scale_bits: int
     stacks: list[list[str]]
 
 
@@ -4425,11 +4426,11 @@ def gptq_batches(flat: Mapping[str, Tensor], cfg: Config) -> list[Batch]:
     for name in flat:
         matrix = next((m for key, m in MATRICES.items() if name.endswith(f".{key}.weight")), None)
         if matrix:
-            knobs = cfg.matrix_bits, getattr(cfg, f"{matrix.clip}_clip_sigmas"), 0.01
+            knobs = cfg.matrix_bits, getattr(cfg, f"{matrix.clip}_clip_sigmas"), 0.01, cfg.scale_bits
         elif name == "tok_emb.weight":
-            knobs = cfg.embed_bits, cfg.embed_clip_sigmas, cfg.embed_damping
+            knobs = cfg.embed_bits, cfg.embed_clip_sigmas, cfg.embed_damping, cfg.scale_bits
         elif role_of(name).storage == "gptq":
-            knobs = cfg.matrix_bits, cfg.embed_clip_sigmas, 0.01
+            knobs = cfg.matrix_bits, cfg.embed_clip_sigmas, 0.01, cfg.scale_bits
         else:
             continue
         stacks.setdefault((hessian_key(name), *knobs), []).append(name)
@@ -4496,7 +4497,8 @@ def code_batch(
     stacked = lambda of: torch.stack([torch.cat([of[name] for name in stack]) for stack in b.stacks])
     weight, relative = stacked(flat), stacked(steps)
     hessian = torch.stack([hessians[hessian_key(stack[0])].to(weight.device) for stack in b.stacks])
-    parts = [t.cpu() for t in gptq(weight, hessian, b.bits, b.clip, damping=b.damping, steps=relative, **hooks)]
+    knobs = dict(damping=b.damping, steps=relative, scale_bits=b.scale_bits)
+    parts = [t.cpu() for t in gptq(weight, hessian, b.bits, b.clip, **knobs, **hooks)]
     coded = {}
     for i, stack in enumerate(b.stacks):
         codes, scales = (t[i].split([len(flat[name]) for name in stack]) for t in parts)
@@ -4534,8 +4536,6 @@ def code_share(
 
 def quantize(state: Mapping[str, Tensor], hessians: Mapping[str, Tensor], cfg: Config, run: Run) -> dict[str, Coded]:
     """Every tensor in its stored form, GPTQ split over the ranks, the result on all of them."""
-    if "tokens" not in hessians:
-        raise Stop("these Hessians are of an earlier version, which counted no tokens: FROM_STAGE=calibrate", 2)
     flat = unbank(state)
     for switch in switches(cfg):
         flat, hessians = switch.code(flat, hessians, run)
@@ -5615,11 +5615,10 @@ class GraphedScorer(TestTimeScorer):
             self.at(Chunk(inputs, targets, targets, targets > 0, zeros(n) > 0, True, 0, 0))
 
     def restart(self, n_docs: int) -> None:
-        """A graph knows its memory by address."""
-        address = self.adapters.room["values"].data_ptr()
-        super().restart(n_docs)
-        if self.adapters.room["values"].data_ptr() != address:
+        """A graph knows its memory by address, and more documents than ever before get other memory."""
+        if n_docs > len(self.adapters.room["values"]):
             self.recorded.clear()
+        super().restart(n_docs)
 
     def score_chunk(self, chunk: Chunk, adapters: Adapters, cache: Cache | None) -> Tensor:
         if adapters is not self.adapters:  # of an audit
@@ -5634,8 +5633,10 @@ class GraphedScorer(TestTimeScorer):
 
 
 def ttt_scorer(model: GPT, val: ValidationSet, cfg: Config, run: Run) -> TestTimeScorer:
-    """Graphs, where all chunks of one shape are the same work."""
-    same = not cfg.tapin_enabled and (cfg.ttt_context == "rerun" or model.kernels.attention.in_place)
+    """Graphs, where all chunks of one shape are the same work: heads of the specification, which CrossPassXsa reads,
+    cut a kept context by a number of the moment."""
+    in_place = model.kernels.attention.in_place and not cfg.cross_pass_xsa_enabled
+    same = not cfg.tapin_enabled and (cfg.ttt_context == "rerun" or in_place)
     return (GraphedScorer if same and graphable(cfg, run, model) else TestTimeScorer)(model, val, cfg, run)
 
 
@@ -5984,6 +5985,8 @@ def load_stage_file(
         raise
     except Exception as e:  # torch raises many kinds for a damaged file
         raise Stop(f"{asked} cannot read {path} ({type(e).__name__}): start from an earlier stage", 2) from None
+    if name == "02_hessians.pt" and "tokens" not in state.get("hessians", ()):
+        raise Stop(f"{path} is of an earlier version, which counted no tokens: FROM_STAGE=calibrate", 2)
     ours = shape_fingerprint(cfg, fields)
     theirs = shape_fingerprint(Config(), fields) | theirs  # a file may be older than a setting
     if differ := [f"{k.upper()}={theirs[k]} there, {ours[k]} here" for k in ours if theirs[k] != ours[k]]:
@@ -6275,7 +6278,7 @@ def describe_run(cfg: Config, run: Run, val: ValidationSet) -> None:
         run.log(f"  {name}: {info['config'][name]}", console=False)
     run.log(f"run {run.folder} on {run.world} x {gpu}, {info['dtype']}, commit {info['commit'][:12] or 'unknown'}, "
             f"torch {torch.__version__}")  # fmt: skip
-    run.log("changed knobs: " + (" ".join(f"{k.upper()}={v}" for k, v in changed.items()) or "none: the record"))
+    run.log("changed knobs: " + (" ".join(f"{k.upper()}={v}" for k, v in changed.items()) or "none: the defaults"))
     for name in [] if IS_SUBMISSION else sorted(set(RETIRED) & set(os.environ)):
         run.log(f"WARNING: {name} has no effect: {RETIRED[name]}")
     data = info["data"]
@@ -6708,7 +6711,6 @@ class CrossPassXsa(Switch):
     """
 
     knob = "cross_pass_xsa_enabled"
-    steady = False  # heads that it reads are the specification's, whose kept context is cut by numbers of the moment
 
     def build(self, model: GPT) -> None:
         model.recur_xsa_beta = nn.Parameter(torch.zeros(self.cfg.num_loops, self.cfg.looped_layers, self.cfg.num_heads))

@@ -218,8 +218,8 @@ def quantized(**changes: object) -> tuple[dict[str, Tensor], dict[str, Coded]]:
 
 def test_every_tensor_has_its_stored_form(capsys: pytest.CaptureFixture[str]) -> None:
     sigmas = {"mlp": 10.0, "attn": 9.0, "embed": 8.0}
-    clips = {f"{k}_clip_sigmas": v for k, v in sigmas.items()}
-    flat, coded = quantized(matrix_bits=5, embed_bits=7, embed_step_power=0.0, matrix_step_power=0.0, **clips)
+    knobs = {f"{k}_clip_sigmas": v for k, v in sigmas.items()} | {"embed_step_power": 0.0, "matrix_step_power": 0.0}
+    flat, coded = quantized(matrix_bits=5, embed_bits=7, scale_bits=10, **knobs)
     assert list(coded) == list(flat)
     for name, c in coded.items():
         if name.endswith("attn_gate_w"):
@@ -390,8 +390,8 @@ def test_batches_give_the_codes_of_each_matrix_alone() -> None:
     for name, c in coded.items():
         if c.kind == "gptq":
             clip = next((v for k, v in {"mlp": 12.0, "attn": 13.0}.items() if f".{k}." in name), 15.0)
-            damping = 0.5 if name == "tok_emb.weight" else 0.01
-            q, scale = gptq(flat[name], sums[hessian_key(name)], c.bits, clip, damping=damping, steps=steps[name])
+            more = dict(damping=0.5 if name == "tok_emb.weight" else 0.01, steps=steps[name], scale_bits=4)
+            q, scale = gptq(flat[name], sums[hessian_key(name)], c.bits, clip, **more)
             assert torch.equal(c.codes, q), name
             assert torch.equal(c.scale, scale), name
             assert c.codes.untyped_storage().nbytes() == c.codes.numel(), "not a view of its batch"
@@ -406,16 +406,14 @@ def test_steps_of_the_embedding_fall_with_the_count_of_a_token() -> None:
     model = tiny_model()
     sums = calibrate(model, [torch.ones(4, 16, dtype=torch.long)], LoneRun())
     flat = unbank(model.state_dict())
-    codes = [
-        quantize(model.state_dict(), sums, tiny_config(embed_step_power=power), LoneRun())["tok_emb.weight"]
-        for power in (0.0, 0.25)
-    ]
+    coded = lambda **knobs: quantize(model.state_dict(), sums, tiny_config(scale_bits=10, **knobs), LoneRun())
+    codes = [coded(embed_step_power=power)["tok_emb.weight"] for power in (0.0, 0.25)]
     ratio = codes[1].scale.float() / codes[0].scale.float()
     assert ratio[1] < 0.4 and torch.allclose(ratio[2:], ratio[:1], rtol=2e-3) and 1 < ratio[0] < 1.1
     errors = [(c.decode() - flat["tok_emb.weight"]).square().mean(1) for c in codes]
     assert errors[1][1] < 0.2 * errors[0][1]
     for knobs in (dict(embed_clip_sigmas=1.5), dict(embed_step_power=1.0)):
-        c = quantize(model.state_dict(), sums, tiny_config(**knobs), LoneRun())["tok_emb.weight"]
+        c = coded(**knobs)["tok_emb.weight"]
         assert (c.scale.float() * 63 * 1.001 >= flat["tok_emb.weight"].abs().amax(1)).all(), "no weight is out of range"
 
 
@@ -439,12 +437,26 @@ def test_steps_of_the_matrices_fall_with_the_cost_of_their_errors() -> None:
     assert steps["blocks.0.attn.c_q.weight"][0] > 1 > steps["blocks.0.attn.c_v.weight"][0]
 
 
-def test_hessians_without_counts_are_told() -> None:
-    model = tiny_model()
-    sums = calibrate(model, [torch.ones(1, 4, dtype=torch.long)], LoneRun())
+def test_hessians_without_counts_are_told(tmp_path: Path) -> None:
+    file = {"fingerprint": train_gpt.shape_fingerprint(tiny_config()), "hessians": {"head": torch.eye(4)}}
+    torch.save(file, tmp_path / "02_hessians.pt")
     with pytest.raises(train_gpt.Stop) as stop:
-        quantize(model.state_dict(), {k: h for k, h in sums.items() if k != "tokens"}, model.cfg, LoneRun())
+        train_gpt.load_stage_file(tiny_config(), LoneRun(tmp_path), "02_hessians.pt", "FROM_STAGE=quantize")
     assert "FROM_STAGE=calibrate" in stop.value.sentence
+
+
+def test_scales_have_few_bits() -> None:
+    torch.manual_seed(0)
+    w, h = torch.randn(64, 40), hessians_of(1, 40)[0]
+    results = (p, exact), (q, scale) = gptq(w, h, 6, 12.0), gptq(w, h, 6, 12.0, scale_bits=4)
+    mantissas = scale.view(torch.int16) & 1023
+    assert (mantissas % 64 == 0).all() and len(mantissas.unique()) > 4
+    assert ((scale / exact).float() - 1).abs().max() <= 1 / 32 + 1e-3
+    theirs, ours = (relative_error(codes * s.float()[:, None], w) for codes, s in results)
+    assert ours < 1.1 * theirs and not torch.equal(p, q)
+    assert torch.equal(gptq(w, h, 6, 12.0, scale_bits=10)[1], exact)
+    zero = gptq(torch.zeros(3, 40), h, 6, 12.0, scale_bits=4)
+    assert (zero[1] > 0).all() and not zero[0].any()
 
 
 def test_trouble_with_hessians_is_told(capsys: pytest.CaptureFixture[str]) -> None:

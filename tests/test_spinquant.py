@@ -265,7 +265,8 @@ def test_codes_are_not_packed_under_another_rotation(tmp_path: Path) -> None:
         train_gpt.load_stage_file(tiny_config(), run_, "03_coded.pt", "FROM_STAGE=pack", fields)
     assert "SPINQUANT_MODE=full there, baseline here" in stop.value.sentence
     # weights and Hessians know nothing of rotations: all modes may start from them
-    torch.save({"fingerprint": train_gpt.shape_fingerprint(theirs)}, tmp_path / "02_hessians.pt")
+    file = {"fingerprint": train_gpt.shape_fingerprint(theirs), "hessians": {"tokens": torch.ones(4)}}
+    torch.save(file, tmp_path / "02_hessians.pt")
     train_gpt.load_stage_file(tiny_config(), run_, "02_hessians.pt", "FROM_STAGE=quantize")
 
 

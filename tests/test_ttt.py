@@ -263,15 +263,26 @@ def test_a_meter_that_misses_a_target_gives_no_score(monkeypatch: pytest.MonkeyP
 
 
 @contexts
-@pytest.mark.parametrize("neighbors", [{}, dict(smear_gate_enabled=True, bigram_hash_enabled=True)], ids=str)
+@pytest.mark.parametrize(
+    "neighbors",
+    [{}, dict(smear_gate_enabled=True, bigram_hash_enabled=True), dict(eval_hash_emb_enabled=True)],
+    ids=str,
+)
 def test_scores_are_those_of_the_plain_model_when_nothing_learns(
-    recorder: Recorder, context: str, neighbors: dict[str, Any]
+    monkeypatch: pytest.MonkeyPatch, recorder: Recorder, context: str, neighbors: dict[str, Any]
 ) -> None:
     """Also where a token's vector depends on the one before, which may belong to the chunk before."""
+
+    def vectors(switch: Any, model: train_gpt.GPT) -> None:  # that are not zero
+        switch.vectors = torch.randn(97, model.cfg.model_dim, generator=torch.Generator().manual_seed(0))
+
+    monkeypatch.setattr(train_gpt.EvalHashEmbedding, "begin_scoring", vectors)
     frozen = dict(ttt_lora_lr=0.0, global_ttt_lr=0.0, ttt_eval_seq_len=64, ttt_context=context, **neighbors)
     tokens, model = documents(LENGTHS), looped_model(**frozen)
     meter = adapt_and_score(model, validation(tokens), model.cfg, LoneRun())[0]
     losses, want = recorder.take(), {}
+    for switch in model.switches:
+        switch.begin_scoring(model)
     for d in validation(tokens).documents():
         text = torch.from_numpy(tokens[d.start : d.start + d.n_targets + 1].astype("int64"))[None]
         for i, loss in enumerate(model(text[:, :-1], text[:, 1:], reduction="none")[0].tolist()):
@@ -430,10 +441,24 @@ def test_graphs_are_for_what_stays_the_same() -> None:
         assert train_gpt.graphable(model.cfg, run, model) == allowed
     model.kernels = train_gpt.SPEC
     assert not train_gpt.graphable(model.cfg, run, model)
-    for knob, allowed in (("smear_gate_enabled", True), ("cross_pass_xsa_enabled", False), ("recur_homotopy", False)):
+    for knob, allowed in (("smear_gate_enabled", True), ("cross_pass_xsa_enabled", True), ("recur_homotopy", False)):
         other = looped_model(**{knob: True})
         other.kernels = fused("triton")
         assert train_gpt.graphable(other.cfg, run, other) == allowed
+
+
+@pytest.mark.parametrize(
+    ("changes", "graphs"),
+    [({}, True), (dict(ttt_context="cached"), True), (dict(cross_pass_xsa_enabled=True), True),
+     (dict(cross_pass_xsa_enabled=True, ttt_context="cached"), False), (dict(tapin_enabled=True), False)],
+    ids=str,
+)  # fmt: skip
+def test_which_scorer_a_gpu_gets(monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], graphs: bool) -> None:
+    monkeypatch.setattr(train_gpt, "graphable", lambda *_: True)
+    model = looped_model(**changes)
+    model.kernels = train_gpt.FUSED._replace(attention=train_gpt.ATTENTION_KINDS["triton"])
+    scorer = train_gpt.ttt_scorer(model, validation(documents((9, 5))), model.cfg, LoneRun())
+    assert isinstance(scorer, train_gpt.GraphedScorer) == graphs
 
 
 def test_windows_are_padded_to_few_lengths() -> None:
