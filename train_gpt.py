@@ -4471,8 +4471,8 @@ def token_steps(counts: Tensor, power: float) -> Tensor:
     A row's error costs in proportion to how often its token is read or likely to be next; the rarest have an error that
     others see, hence 1 + the count over its mean. The Hessian is that of the head alone, and what reads the rows as
     inputs weighs all directions about alike, hence EMBED_DAMPING. With one artifact's weights the embedding's share of
-    the loss fell from 8.3 to 2.2 mnats at the same bytes on the 32,768 tokens that power and damping were chosen on, and
-    from 7.8 to 4.2 on 59,392 others, 0.6 standard error.
+    the loss fell at the same bytes from 8.3 to 2.2 mnats on the 32,768 tokens that power and damping were chosen on,
+    and from 7.8 to 4.2 on 59,392 others, 0.6 standard error.
     """
     steps = (1 + counts / counts.mean().clamp_min(1e-10)) ** -power
     return steps / steps.log().mean().exp()
