@@ -4234,8 +4234,8 @@ class Matrix(NamedTuple):
 
 # Costs are what a million weights added to the loss at the record's steps, in mnats, one kind quantized at a time: the
 # weights of one artifact with noise as float weights, 24,576 tokens of validation text, 0.1 to 0.5 standard error. With
-# all matrices quantized, on 59,392 other tokens: 36.6 and 36.7 mnats with a power of 0 (two draws of the noise), 32.0
-# with 0.4 for 0.1 % more bytes; 1.5 standard error.
+# all matrices quantized, on 59,392 other tokens, two draws of the noise: 36.6 and 36.7 mnats with a power of 0, 32.0 and 31.1
+# with 0.4, for 0.1 % more bytes; 1.5 standard error.
 MATRICES = {  # public name inside a block -> place
     "attn.c_q": Matrix("qo_bank", 0, "attn_in", "attn", (0.2, 0.2, 0.2)),
     "attn.c_k": Matrix("kv_bank", 0, "attn_in", "attn", (0.8, 0.8, 0.8)),
