@@ -422,7 +422,8 @@ def test_train_and_validation_are_disjoint(tmp_path: Path) -> None:
 def prepare_in_background(docs: Path, out: Path, workers: int, until: Path) -> subprocess.Popen[bytes]:
     """Start a run that goes no further once the file `until` exists, so that it can be killed in the middle."""
     program = (
-        "import os, sys, time; import prepare_caseops_data as prep\n"
+        "import os, signal, sys, time; import prepare_caseops_data as prep\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background job is started to ignore it
         "take = prep.Preparation._take_train\n"
         "def slowly(self, encoded):\n"
         f"    while os.path.exists({str(until)!r}): time.sleep(0.01)\n"
