@@ -4234,8 +4234,8 @@ class Matrix(NamedTuple):
 
 # Costs are what a million weights added to the loss at the record's steps, in mnats, one kind quantized at a time: the
 # weights of one artifact with noise as float weights, 24,576 tokens of validation text, 0.1 to 0.5 standard error. With
-# all matrices quantized, on 59,392 other tokens, two draws of the noise: 36.6 and 36.7 mnats with a power of 0, 32.0 and 31.1
-# with 0.4, for 0.1 % more bytes; 1.5 standard error.
+# all matrices quantized, on 59,392 other tokens, two draws of the noise: 36.6 and 36.7 mnats with a power of 0, 32.0
+# and 31.1 with 0.4, for 0.1 % more bytes; 1.5 standard error.
 MATRICES = {  # public name inside a block -> place
     "attn.c_q": Matrix("qo_bank", 0, "attn_in", "attn", (0.2, 0.2, 0.2)),
     "attn.c_k": Matrix("kv_bank", 0, "attn_in", "attn", (0.8, 0.8, 0.8)),
@@ -4244,6 +4244,11 @@ MATRICES = {  # public name inside a block -> place
     "mlp.fc": Matrix("mlp_up_bank", 0, "mlp_in", "mlp", (0.6, 0.42, 1.4)),
     "mlp.proj": Matrix("mlp_down_bank", 0, "mlp_out", "mlp", (0.39, 0.65, 1.02)),
 }
+
+
+def matrix_of(name: str) -> Matrix | None:
+    """What `blocks.{i}.{public name}.weight` is one of; None for all other tensors."""
+    return next((m for key, m in MATRICES.items() if name.endswith(f".{key}.weight")), None)
 
 
 def unbank(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -4331,8 +4336,8 @@ def gptq(  # noqa: PLR0913
     descending Hessian diagonal. Rows do not see each other, so matrices of one input may be stacked; leading dimensions
     are independent problems, solved side by side: on a GPU a column takes the time of its launches, whatever its
     length. steps (..., rows): what each row's scale is multiplied with. scale_bits: of the scales' mantissas; with 4
-    they are up to 3 % off, which costs nothing, since codes are made for them, and take a third of the bytes. say:
-    hears of Hessians that needed more damping. tick: hears how many columns are done, block by block.
+    they are up to 3 % off, codes are made for what they are, and the record's artifact is 37 kB smaller. say: hears of
+    Hessians that needed more damping. tick: hears how many columns are done, block by block.
     """
     shape = weight.shape
     w, h = weight.float().reshape(-1, *shape[-2:]), hessian.float().reshape(-1, shape[-1], shape[-1]).clone()
@@ -4413,7 +4418,6 @@ class Batch(NamedTuple):
     bits: int
     clip: float
     damping: float
-    scale_bits: int
     stacks: list[list[str]]
 
 
@@ -4424,13 +4428,12 @@ def gptq_batches(flat: Mapping[str, Tensor], cfg: Config) -> list[Batch]:
     """
     stacks: dict[tuple, list[str]] = {}
     for name in flat:
-        matrix = next((m for key, m in MATRICES.items() if name.endswith(f".{key}.weight")), None)
-        if matrix:
-            knobs = cfg.matrix_bits, getattr(cfg, f"{matrix.clip}_clip_sigmas"), 0.01, cfg.scale_bits
+        if matrix := matrix_of(name):
+            knobs = cfg.matrix_bits, getattr(cfg, f"{matrix.clip}_clip_sigmas"), 0.01
         elif name == "tok_emb.weight":
-            knobs = cfg.embed_bits, cfg.embed_clip_sigmas, cfg.embed_damping, cfg.scale_bits
+            knobs = cfg.embed_bits, cfg.embed_clip_sigmas, cfg.embed_damping
         elif role_of(name).storage == "gptq":
-            knobs = cfg.matrix_bits, cfg.embed_clip_sigmas, 0.01, cfg.scale_bits
+            knobs = cfg.matrix_bits, cfg.embed_clip_sigmas, 0.01
         else:
             continue
         stacks.setdefault((hessian_key(name), *knobs), []).append(name)
@@ -4452,7 +4455,7 @@ def relative_steps(
     names = [name for b in batches for stack in b.stacks for name in stack]
     logs, total, size = {}, 0.0, 0
     for name in names:
-        if matrix := next((m for key, m in MATRICES.items() if name.endswith(f".{key}.weight")), None):
+        if matrix := matrix_of(name):
             layer = int(name.split(".")[1])
             cost = matrix.costs[(layer >= cfg.loop_start) + (layer > cfg.loop_end)]
             logs[name] = -cfg.matrix_step_power * math.log(cost)
@@ -4492,14 +4495,13 @@ def share_of(rank: int, world: int, batches: Sequence[Batch]) -> list[Batch]:
 
 def code_batch(
     b: Batch, flat: Mapping[str, Tensor], hessians: Mapping[str, Tensor], steps: Mapping[str, Tensor],
-    **hooks: Callable[..., None],
+    **how: Any,
 ) -> dict[str, Coded]:  # fmt: skip
-    """GPTQ of one batch, with the relative steps of each matrix's rows; `hooks` are those of `gptq`."""
+    """GPTQ of one batch, with the relative steps of each matrix's rows; `how`: see `gptq`."""
     stacked = lambda of: torch.stack([torch.cat([of[name] for name in stack]) for stack in b.stacks])
     weight, relative = stacked(flat), stacked(steps)
     hessian = torch.stack([hessians[hessian_key(stack[0])].to(weight.device) for stack in b.stacks])
-    knobs = dict(damping=b.damping, steps=relative, scale_bits=b.scale_bits)
-    parts = [t.cpu() for t in gptq(weight, hessian, b.bits, b.clip, **knobs, **hooks)]
+    parts = [t.cpu() for t in gptq(weight, hessian, b.bits, b.clip, damping=b.damping, steps=relative, **how)]
     coded = {}
     for i, stack in enumerate(b.stacks):
         codes, scales = (t[i].split([len(flat[name]) for name in stack]) for t in parts)
@@ -4518,7 +4520,7 @@ def code_small(name: str, x: Tensor, cfg: Config) -> Coded:
 
 def code_share(
     share: Sequence[Batch], flat: Mapping[str, Tensor], hessians: Mapping[str, Tensor], steps: Mapping[str, Tensor],
-    run: Run,
+    cfg: Config, run: Run,
 ) -> tuple[dict[str, tuple], list[str], str]:
     """One rank's part: its coded matrices, what GPTQ had to say, and what it failed at, if it did."""
     coded, notes, done, began = {}, [], 0, time.monotonic()
@@ -4527,7 +4529,7 @@ def code_share(
         say = lambda text, like=b.stacks[0][0]: notes.append(f"{like} and its like: {text}")
         tick = lambda columns, done=done: run.progress("quantizing", done + columns, total, began)
         try:
-            part = code_batch(b, flat, hessians, steps, say=say, tick=tick)
+            part = code_batch(b, flat, hessians, steps, scale_bits=cfg.scale_bits, say=say, tick=tick)
         except ValueError as e:
             return {}, notes, str(e)
         coded |= {name: tuple(c) for name, c in part.items()}
@@ -4542,7 +4544,7 @@ def quantize(state: Mapping[str, Tensor], hessians: Mapping[str, Tensor], cfg: C
         flat, hessians = switch.code(flat, hessians, run)
     batches = gptq_batches(flat, cfg)
     steps = relative_steps(batches, flat, hessians["tokens"], cfg)
-    shares = run.gather(code_share(share_of(run.rank, run.world, batches), flat, hessians, steps, run))
+    shares = run.gather(code_share(share_of(run.rank, run.world, batches), flat, hessians, steps, cfg, run))
     for note in itertools.chain.from_iterable(notes for _, notes, _ in shares):
         run.log(f"GPTQ: {note}")
     if troubles := [trouble for *_, trouble in shares if trouble]:
