@@ -233,7 +233,8 @@ class Config:
     global_ttt_respect_doc_boundaries: bool = True  # attention stays inside documents
 
     # Follow-up systems, all off (what each is worth: LOG.md)
-    fp8_forward: bool = False            # training multiplies with W_qkv and W_up in 8 bits, forward alone; Hopper GPUs
+    fp8_forward: bool = False            # training multiplies with W_qkv and W_up in 8 bits, forward; Hopper GPUs
+    fp8_backward: bool = False           # and with W_up for the gradient of its input
     attn_out_gate_enabled: bool = False  # narrow gate per head on the first GATE_WINDOW channels
     attn_out_gate_src: str = "proj"      # what it reads: proj (the attention input) or q (the raw queries)
     smear_gate_enabled: bool = False     # mix in the previous token's embedding, never across documents
@@ -306,6 +307,11 @@ class Config:
             return [(max(onset, 0.0) if self.recur_homotopy else self.enable_looping_at, self.num_loops)]
         stages = (stage.split(":") for stage in self.loop_curriculum.split(","))
         return [(float(at), int(loops)) for at, loops in stages]
+
+    @property
+    def fp8(self) -> str:
+        """The first knob that asks for products in 8 bits, or nothing."""
+        return "FP8_FORWARD" if self.fp8_forward else "FP8_BACKWARD" if self.fp8_backward else ""
 
     @property
     def micro_batch_tokens(self) -> int:
@@ -536,9 +542,9 @@ def follow_up_rules(c: Config) -> list[tuple[bool, str]]:
         (c.eval_loop_emb_enabled and c.num_loops == 0, "EVAL_LOOP_EMB_ENABLED=1 needs a loop: set NUM_LOOPS"),
         (c.tapin_v4_top_k < 1, "TAPIN_V4_TOP_K must be at least 1"),
         (c.muon_grad_power <= 0, f"MUON_GRAD_POWER must be above 0, not {c.muon_grad_power}"),
-        (c.fp8_forward and (c.kernels == "spec" or c.device == "cpu" or c.compute_dtype == "float32"),
-         "FP8_FORWARD=1 is a part of the fused kernels: it needs a GPU, KERNELS=auto and COMPUTE_DTYPE=auto"),
-        (c.fp8_forward and c.model_dim % 16 != 0, "FP8_FORWARD=1 needs MODEL_DIM divisible by 16"),
+        (c.fp8 and (c.kernels == "spec" or c.device == "cpu" or c.compute_dtype == "float32"),
+         f"{c.fp8}=1 is a part of the fused kernels: it needs a GPU, KERNELS=auto and COMPUTE_DTYPE=auto"),
+        (c.fp8 and c.model_dim % 16 != 0, f"{c.fp8}=1 needs MODEL_DIM divisible by 16"),
     ]  # fmt: skip
 
 
@@ -856,8 +862,8 @@ def environment_problems(cfg: Config, run: Run) -> Iterator[str]:
         yield f"ATTENTION={cfg.attention} needs the module {ATTENTION_MODULES[cfg.attention]}: install it, or take auto"
     if cfg.attention == "triton" and not (hopper(run.device) and TritonAttention.fits(cfg)):
         yield "ATTENTION=triton needs a Hopper GPU, heads of 16 to 128 channels, 1, 2, 4 or 8 in a group: take auto"
-    if cfg.fp8_forward and not (hopper(run.device) and choose_kernels(cfg, run.device).fused):
-        yield "FP8_FORWARD=1 needs a Hopper GPU or a later one, and triton: set it to 0"
+    if cfg.fp8 and not (hopper(run.device) and choose_kernels(cfg, run.device).fused):
+        yield f"{cfg.fp8}=1 needs a Hopper GPU or a later one, and triton: set it to 0"
     if run.device.type == "cuda":
         free, total = torch.cuda.mem_get_info()
         if free < 0.8 * total:
@@ -1492,9 +1498,11 @@ class Xielu(NamedTuple):
 
 # Both products of the MLP that touch its hidden tensor (M, F), with the activation in the epilogue of one and its
 # derivative in that of the other. K = D is only 512, eight blocks of 64, so what counts is that results leave while the
-# next tile's operands arrive. On an H100 near its power limit, M = 98,304: 0.48 and 0.49 ms (430 TFLOP/s), by address
-# 0.59 and 0.57; cuBLAS without any epilogue 0.34 and 0.33, with a kernel of its own for the activation 0.58 and 0.71.
-# Forward, operands may have 8 bits; what a unit of their product is worth then lies behind `scale_ptr`.
+# next tile's operands arrive, and how many there are: 0.4 GB each. So the leaky square keeps no pre-activation. The
+# activation tells it but for the sign, which takes the place of the last of 16 bits. On an H100, M = 98,304: 0.370 and
+# 0.507 ms, with a pre-activation 0.447 and 0.479, by address 0.59 and 0.57; cuBLAS without any epilogue 0.317, with a
+# kernel of its own for the activation 0.58 and 0.71. Forward, operands may have 8 bits; what a unit of their product is
+# worth then lies behind `scale_ptr`. Backward, results may be written in 8 bits, too, times a factor.
 if triton is not None:
 
     @triton.jit
@@ -1506,32 +1514,51 @@ if triton is not None:
         return (band * GROUP + place % rows) * BLOCK_M, place // rows * BLOCK_N
 
     @triton.jit
-    def activation(h, a_p, b_p, a_n, b_n, XIELU: tl.constexpr):
-        if XIELU:
-            return h * tl.where(h > 0, a_p * h + b_p, a_n * h + b_n)
-        return tl.where(h > 0, h * h, 0.25 * h * h)
+    def marked(act, negative, dtype: tl.constexpr):
+        """act >= 0 in dtype, its last bit 1 where `negative`, else 0; rounded so that bfloat16 favors no side."""
+        if dtype == tl.bfloat16:
+            bits = act.to(tl.uint32, bitcast=True)
+            bits = tl.where(negative, (bits & 0xFFFE0000) | 0x10000, (bits + 0x10000) & 0xFFFE0000)
+            return (bits >> 16).to(tl.uint16).to(dtype, bitcast=True)
+        bits = act.to(dtype).to(tl.uint32 if dtype == tl.float32 else tl.uint16, bitcast=True)
+        return (bits - (bits & 1) + negative.to(bits.dtype)).to(dtype, bitcast=True)
 
     @triton.jit
-    def activation_slope(h, a_p, b_p, a_n, b_n, XIELU: tl.constexpr):
+    def activation(h, a_p, b_p, a_n, b_n, XIELU: tl.constexpr, dtype: tl.constexpr):
+        """f(h) in dtype."""
         if XIELU:
+            return (h * tl.where(h > 0, a_p * h + b_p, a_n * h + b_n)).to(dtype)
+        return marked(tl.where(h > 0, h * h, 0.25 * h * h), h < 0, dtype)
+
+    @triton.jit
+    def activation_slope(kept, a_p, b_p, a_n, b_n, XIELU: tl.constexpr):
+        """f'(h) of what is kept of h: h itself, or its leaky square, whose slope is 2 h above zero, h / 2 below."""
+        if XIELU:
+            h = kept.to(tl.float32)
             return tl.where(h > 0, 2.0 * a_p * h + b_p, 2.0 * a_n * h + b_n)
-        return tl.where(h > 0, 2.0 * h, 0.5 * h)
+        bits = kept.to(tl.uint32 if kept.dtype == tl.float32 else tl.uint16, bitcast=True)
+        root = tl.sqrt(kept.to(tl.float32))
+        return tl.where((bits & 1) == 1, -root, 2.0 * root)
 
     @triton.jit
     def leaky_finish(  # noqa: PLR0913
-        acc, pre, out, m, n, a_p, b_p, a_n, b_n, XIELU: tl.constexpr, BACKWARD: tl.constexpr
+        acc, kept, out, out8, factor, m, n, a_p, b_p, a_n, b_n, XIELU: tl.constexpr, BACKWARD: tl.constexpr
     ):  # noqa: PLR0913
-        """The epilogue of half a tile. Forward: pre = acc, out = f(acc). Backward: out = acc f'(pre)."""
+        """The end of half a tile. Forward: out = f(acc), and kept = acc for xIELU. Backward: out = acc f'(kept)."""
         if BACKWARD:
-            slope = activation_slope(pre.load([m, n]).to(tl.float32), a_p, b_p, a_n, b_n, XIELU)
-            out.store([m, n], (acc * slope).to(out.dtype))
+            acc *= activation_slope(kept.load([m, n]), a_p, b_p, a_n, b_n, XIELU)
+            out.store([m, n], acc.to(out.dtype))
+            if out8 is not None:
+                out8.store([m, n], (acc * factor).to(out8.dtype))
         else:
-            pre.store([m, n], acc.to(pre.dtype))
-            out.store([m, n], activation(acc, a_p, b_p, a_n, b_n, XIELU).to(out.dtype))
+            if XIELU:
+                kept.store([m, n], acc.to(kept.dtype))
+            out.store([m, n], activation(acc, a_p, b_p, a_n, b_n, XIELU, out.dtype))
 
     @triton.jit
     def leaky_tma_kernel(  # noqa: PLR0913
-        a, b, pre, out, scale_ptr, M, N, K, a_p, b_p, a_n, b_n, XIELU: tl.constexpr, BACKWARD: tl.constexpr,
+        a, b, kept, out, out8, factor, scale_ptr, M, N, K, a_p, b_p, a_n, b_n,
+        XIELU: tl.constexpr, BACKWARD: tl.constexpr,
         BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
     ):  # fmt: skip  # noqa: PLR0913
         """a (M, K) times b, (N, K) transposed or in BACKWARD (K, N), through tensor descriptors; one program per core.
@@ -1554,13 +1581,13 @@ if triton is not None:
             if scale_ptr is not None:
                 acc *= scale
             left, right = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
-            leaky_finish(left, pre, out, m, n, a_p, b_p, a_n, b_n, XIELU, BACKWARD)
-            leaky_finish(right, pre, out, m, n + BLOCK_N // 2, a_p, b_p, a_n, b_n, XIELU, BACKWARD)
+            leaky_finish(left, kept, out, out8, factor, m, n, a_p, b_p, a_n, b_n, XIELU, BACKWARD)
+            leaky_finish(right, kept, out, out8, factor, m, n + BLOCK_N // 2, a_p, b_p, a_n, b_n, XIELU, BACKWARD)
 
     @triton.jit
     def leaky_pointer_kernel(  # noqa: PLR0913
-        a_ptr, b_ptr, pre_ptr, out_ptr, scale_ptr, M, N, K, b_stride_n, b_stride_k, a_p, b_p, a_n, b_n,
-        XIELU: tl.constexpr, BACKWARD: tl.constexpr,
+        a_ptr, b_ptr, kept_ptr, out_ptr, out8_ptr, factor, scale_ptr, M, N, K, b_stride_n, b_stride_k,
+        a_p, b_p, a_n, b_n, XIELU: tl.constexpr, BACKWARD: tl.constexpr,
         BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
     ):  # fmt: skip  # noqa: PLR0913
         """The same by address: any size, any strides of b (N, K), any GPU."""
@@ -1580,12 +1607,14 @@ if triton is not None:
         at = m[:, None].to(tl.int64) * N + n[None, :]
         inside = (m[:, None] < M) & (n[None, :] < N)
         if BACKWARD:
-            pre = tl.load(pre_ptr + at, mask=inside, other=0.0).to(tl.float32)
-            out = acc * activation_slope(pre, a_p, b_p, a_n, b_n, XIELU)
+            acc *= activation_slope(tl.load(kept_ptr + at, mask=inside, other=0.0), a_p, b_p, a_n, b_n, XIELU)
+            tl.store(out_ptr + at, acc.to(out_ptr.dtype.element_ty), mask=inside)
+            if out8_ptr is not None:
+                tl.store(out8_ptr + at, (acc * factor).to(out8_ptr.dtype.element_ty), mask=inside)
         else:
-            tl.store(pre_ptr + at, acc.to(pre_ptr.dtype.element_ty), mask=inside)
-            out = activation(acc, a_p, b_p, a_n, b_n, XIELU)
-        tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=inside)
+            if XIELU:
+                tl.store(kept_ptr + at, acc.to(kept_ptr.dtype.element_ty), mask=inside)
+            tl.store(out_ptr + at, activation(acc, a_p, b_p, a_n, b_n, XIELU, out_ptr.dtype.element_ty), mask=inside)
 
 
 @functools.cache
@@ -1602,41 +1631,50 @@ def _fits_tma(*tensors: Tensor) -> bool:
     )
 
 
-def _leaky_gemm(
-    a: Tensor, b: Tensor, pre: Tensor, out: Tensor, f: Xielu | None, backward: bool, scale: Tensor | None = None
-) -> None:
+def _leaky_gemm(  # noqa: PLR0913
+    a: Tensor, b: Tensor, kept: Tensor, out: Tensor, f: Xielu | None, backward: bool,
+    scale: Tensor | None = None, out8: Tensor | None = None, factor: float = 0.0,
+) -> None:  # fmt: skip  # noqa: PLR0913
     """b: (F, D) forward, (D, F) backward. f: None for the leaky square. scale: of operands in 8 bits."""
-    (M, K), N = a.shape, pre.size(1)
+    (M, K), N = a.shape, out.size(1)
     m, n, k = blocks = (128, 256, 64 if scale is None else 128) if a.is_cuda else (32, 32, 32)
-    tiles, scalars = triton.cdiv(M, m) * triton.cdiv(N, n), f or (0.0,) * 4
-    warps = dict(num_warps=8, num_stages=3 if backward else 4)  # backward has a tile of `pre` beside the operands
-    if _fits_tma(a, b, pre, out):
+    tiles, rest = triton.cdiv(M, m) * triton.cdiv(N, n), (*(f or (0.0,) * 4), f is not None, backward, *blocks, 8)
+    warps = dict(num_warps=8, num_stages=3 if backward else 4)  # backward has a tile of `kept` beside the operands
+    results = [kept, out] if out8 is None else [kept, out, out8]
+    if _fits_tma(a, b, *results):
         into, shape = TensorDescriptor.from_tensor, [k, n] if backward else [n, k]
+        kept, out, out8 = [into(t, [m, n // 2]) for t in results] + [None] * (3 - len(results))
         leaky_tma_kernel[(min(tiles, device_cores(a.device)),)](
-            into(a, [m, k]), into(b, shape), into(pre, [m, n // 2]), into(out, [m, n // 2]), scale, M, N, K,
-            *scalars, f is not None, backward, *blocks, 8, **warps,
-        )  # fmt: skip
+            into(a, [m, k]), into(b, shape), kept, out, out8, factor, scale, M, N, K, *rest, **warps
+        )
     else:
         strides = b.stride()[::-1] if backward else b.stride()
-        leaky_pointer_kernel[(tiles,)](
-            a, b, pre, out, scale, M, N, K, *strides, *scalars, f is not None, backward, *blocks, 8, **warps
-        )
+        leaky_pointer_kernel[(tiles,)](a, b, kept, out, out8, factor, scale, M, N, K, *strides, *rest, **warps)
 
 
 def up_leaky(
     x: Tensor, up: Tensor, f: Xielu | None = None, scale: Tensor | None = None, dtype: torch.dtype | None = None
 ) -> tuple[Tensor, Tensor]:
-    """x (M, D), up (F, D) -> pre-activation and activation, both (M, F); of 8 bits with their scale, in `dtype`."""
-    pre, act = (x.new_empty(x.size(0), up.size(0), dtype=dtype) for _ in range(2))
-    _leaky_gemm(x, up, pre, act, f, False, scale)
-    return pre, act
+    """x (M, D), up (F, D) -> what backward needs of the pre-activation, and the activation, both (M, F).
+
+    One tensor for both with the leaky square. Operands may have 8 bits: `scale` is theirs, `dtype` that of the results.
+    """
+    act = x.new_empty(x.size(0), up.size(0), dtype=dtype)
+    kept = act if f is None else torch.empty_like(act)
+    _leaky_gemm(x, up, kept, act, f, False, scale)
+    return kept, act
 
 
-def down_leaky(grad: Tensor, down: Tensor, pre: Tensor, f: Xielu | None = None) -> Tensor:
-    """grad (M, D), down (D, F), pre (M, F) -> gradient of the pre-activation (M, F)."""
-    out = torch.empty_like(pre)
-    _leaky_gemm(grad, down, pre, out, f, backward=True)
-    return out
+def down_leaky(
+    grad: Tensor, down: Tensor, kept: Tensor, f: Xielu | None = None, factor: float = 0.0
+) -> tuple[Tensor, Tensor | None]:
+    """grad (M, D), down (D, F), kept (M, F) by `up_leaky` -> gradient of the pre-activation (M, F).
+
+    With a factor, also the gradient times it in 8 bits.
+    """
+    out, out8 = torch.empty_like(kept), torch.empty_like(kept, dtype=FLOAT8) if factor else None
+    _leaky_gemm(grad, down, kept, out, f, True, None, out8, factor)
+    return out, out8
 
 
 # ---- 8 bits: e4m3, four significant bits and numbers up to 448 -------------------------------------------------------
@@ -1644,12 +1682,20 @@ def down_leaky(grad: Tensor, down: Tensor, pre: Tensor, f: Xielu | None = None) 
 # fixed factor, and a matrix is rounded once for all visits. On an H200 by cuBLAS, 98,304 tokens: up 0.182 instead of
 # 0.302 ms, queries, keys and values 0.096 instead of 0.169. A micro-batch on an H100 takes 70.48 instead of 72.06 ms,
 # with the loop 106.1 instead of 108.1. But 300 steps end 1.0 mb worse, and the time saved is worth 0.4: off by default.
+# Backward, for the gradient of W_up's input: 0.159 instead of 0.294 ms on an H100, but 0.09 more for the kernel before,
+# which writes that of W_up's output in 8 bits beside 16. Gradients are small, and it is known by how much: times the
+# tokens of a step, these reach 4 after 1,500 steps; the root of their mean square is 0.006 to 0.04.
 FLOAT8, FLOAT8_MAX = torch.float8_e4m3fn, 448.0
 
 
 def float8_factor(d: int) -> float:
     """A power of two that keeps every number of a normed row of d, at most sqrt(d), within 8 bits: 16 at d = 512."""
     return 2.0 ** math.floor(math.log2(FLOAT8_MAX / d**0.5))
+
+
+def float8_gradient_factor(tokens: int) -> float:
+    """A power of two for gradients of one of MICRO_STEPS micro-batches: 14 times what was seen is still in range."""
+    return 32.0 * MICRO_STEPS * 2.0 ** math.floor(math.log2(tokens))
 
 
 class Float8(NamedTuple):
@@ -1660,13 +1706,24 @@ class Float8(NamedTuple):
     one: Tensor  # () in float32
 
 
+class Float8Weights(NamedTuple):
+    """Matrices of a fused block that multiply in 8 bits, each where its knob is on."""
+
+    qkv: Float8 | None = None
+    up: Float8 | None = None
+    up_transposed: Float8 | None = None  # (D, F), for the gradient of the normed stream
+
+
 @torch.no_grad()
-def float8_of(matrices: Sequence[Tensor]) -> list[Float8]:
-    """Matrices (N, K) of all layers, the largest number of each at the end of the range. Stays on the device."""
+def float8_of(matrices: Sequence[Tensor], factor: float) -> list[Float8]:
+    """Matrices (N, K) of all layers, the largest number of each at the end of the range. Stays on the device.
+
+    factor: of the stream that they are multiplied with.
+    """
     bank = torch.stack(list(matrices))
     scales = torch.linalg.vector_norm(bank, math.inf, (1, 2), dtype=torch.float32).clamp_min(1e-20) / FLOAT8_MAX
     codes = F.pad((bank / scales[:, None, None]).to(FLOAT8), (0, 0, 0, -bank.size(1) % 16))
-    worth, one = F.pad((scales / float8_factor(bank.size(2)))[:, None], (0, 3)), torch.ones_like(scales[0])
+    worth, one = F.pad((scales / factor)[:, None], (0, 3)), torch.ones_like(scales[0])
     worth = worth[:, 0]  # cuBLAS wants a scale at an address divisible by 16
     return [Float8(*row, one) for row in zip(codes, worth, strict=True)]
 
@@ -2957,7 +3014,7 @@ class Context(NamedTuple):
     attention: Any  # the attention of the chosen kernels
     past: Past | None = None
     echo: Callable[[Tensor], Tensor] | None = None  # what a switch makes of the heads' outputs (B, T, H, K)
-    fp8_forward: tuple[Float8, Float8] | None = None  # W_qkv and W_up of a fused block that multiplies them in 8 bits
+    fp8: Float8Weights = Float8Weights()
 
 
 def matmul(x: Tensor, weight: Tensor, site: str, tap: Tap | None) -> Tensor:
@@ -3066,10 +3123,10 @@ def _attend_forward(
 ) -> tuple[Tensor, list[Tensor | None], Any]:
     """Mix, norm and attention half -> u + a (residual) or a, and what backward needs: less when no weight trains."""
     layer, ctx, _ = call
-    n8 = torch.empty_like(x, dtype=FLOAT8) if ctx.fp8_forward else None
+    n8 = torch.empty_like(x, dtype=FLOAT8) if ctx.fp8.qkv else None
     u, n, rstd = mix_norm_forward(x, x0, w.mix, layer.depth_scale, residual, n8)
     call.see("attn_in", n)
-    merged = float8_product(n8, ctx.fp8_forward[0], len(w.qkv), x.dtype) if ctx.fp8_forward else F.linear(n, w.qkv)
+    merged = float8_product(n8, ctx.fp8.qkv, len(w.qkv), x.dtype) if ctx.fp8.qkv else F.linear(n, w.qkv)
     zs = [_low_rank_forward(p, n, d) for p, d in zip(*_low_rank_targets(merged, deltas, layer), strict=True)]
     q, k, heads_rstd = prepare_forward(merged, w.q_gain, ctx.rope, layer, ctx.attention)
     v, _ = head_columns(merged, layer)
@@ -3107,26 +3164,27 @@ def _feed_forward(
 ) -> tuple[Tensor, list[Tensor | None]]:
     """Norm and MLP half -> x + b, written over x (residual), or b, and what backward needs."""
     (layer, ctx, _), n8, up = call, None, [w.up, call.layer.activation]
-    if ctx.fp8_forward:
-        n8, (codes, scale, _) = torch.empty_like(x, dtype=FLOAT8), ctx.fp8_forward[1]
+    if ctx.fp8.up:
+        n8, (codes, scale, _) = torch.empty_like(x, dtype=FLOAT8), ctx.fp8.up
         up = [codes[: len(w.up)], layer.activation, scale, x.dtype]
     _, n, rstd = mix_norm_forward(x, None, None, layer.depth_scale, False, n8)
     call.see("mlp_in", n)
-    pre, act = up_leaky((n if n8 is None else n8).flatten(0, -2), *up)
+    kept, act = up_leaky((n if n8 is None else n8).flatten(0, -2), *up)
     call.see("mlp_out", act)
     flat = x.flatten(0, -2)
     b = flat.addmm_(act, w.down.t()) if residual else F.linear(act, w.down)
     b = b.view_as(x)
-    return b, [n, rstd, pre, act if train else None, _low_rank_forward(b, n, deltas.mlp_bypass)]
+    return b, [n, rstd, kept, act if train else None, _low_rank_forward(b, n, deltas.mlp_bypass)]
 
 
 def _feed_backward(  # noqa: PLR0913
     grad: Tensor, saved: Sequence[Tensor | None], w: LayerWeights, call: BlockCall, deltas: Deltas, train_weights: bool
 ) -> tuple[Tensor, dict[str, Tensor], tuple[Tensor | None, Tensor | None]]:  # noqa: PLR0913
     """-> gradient of n, of the weights by name, of the bypass."""
-    n, _, pre, act, z = saved
-    d_pre = down_leaky(grad.flatten(0, -2), w.down, pre, call.layer.activation)
-    dn = (d_pre @ w.up).view_as(n)
+    n, _, kept, act, z = saved
+    up8, factor = call.ctx.fp8.up_transposed, float8_gradient_factor(len(kept))
+    d_pre, d_pre8 = down_leaky(grad.flatten(0, -2), w.down, kept, call.layer.activation, factor if up8 else 0.0)
+    dn = (float8_product(d_pre8, up8, n.size(-1), n.dtype) if up8 else d_pre @ w.up).view_as(n)
     d_delta = _low_rank_backward(grad, n, z, deltas.mlp_bypass, dn)
     grads = dict(up=_outer(d_pre, n), down=_outer(grad, act)) if train_weights else {}
     return dn, grads, d_delta
@@ -3440,14 +3498,22 @@ class GPT(nn.Module):
         )
         return [LayerWeights(*row) for row in zip(*map(list, columns), strict=True)]
 
-    def float8_layers(self, layers: Sequence[LayerWeights]) -> Sequence[tuple[Float8, Float8] | None]:
-        """W_qkv and W_up of each layer in 8 bits, once per forward pass, while this model trains; for scores nothing.
+    def float8_layers(self, layers: Sequence[LayerWeights], tokens: int) -> Sequence[Float8Weights]:
+        """The matrices of each layer in 8 bits, once per forward pass, while this model trains; for scores nothing.
 
         Their gradients are those of the matrices they were made from.
         """
-        if self.kernels.fused and self.training and layers[0].qkv.requires_grad:
-            return [*zip(float8_of([w.qkv for w in layers]), float8_of([w.up for w in layers]), strict=True)]
-        return [None] * len(layers)
+        cfg, rows = self.cfg, [Float8Weights()] * len(layers)
+        if not (cfg.fp8 and self.kernels.fused and self.training and layers[0].qkv.requires_grad):
+            return rows
+        if cfg.fp8_forward:
+            for name in ("qkv", "up"):
+                bank = float8_of([getattr(w, name) for w in layers], float8_factor(cfg.model_dim))
+                rows = [row._replace(**{name: w}) for row, w in zip(rows, bank, strict=True)]
+        if cfg.fp8_backward:
+            bank = float8_of([w.up.t() for w in layers], float8_gradient_factor(tokens))
+            rows = [row._replace(up_transposed=w) for row, w in zip(rows, bank, strict=True)]
+        return rows
 
     def embed(self, tokens: Tensor, tap: Tap | None = None, ahead: int = 0) -> Tensor:
         """(B, T) -> (B, T - ahead, D), normed."""
@@ -3474,13 +3540,13 @@ class GPT(nn.Module):
         ctx = Context(rope, docs, kernels.attention)
         pasts = cache.pasts() if cache else itertools.repeat(None)
         visit_deltas = itertools.repeat(NO_DELTAS) if deltas is None else deltas
-        wide = self.float8_layers(layers) if cfg.fp8_forward else [None] * len(layers)
+        float8 = self.float8_layers(layers, tokens.numel())
         gates = self.skip_gates.to(self.dtype) if cfg.skip_gates_enabled else [None] * len(self.skip_weights)
         skip_weights = self.skip_weights.to(self.dtype)
 
         x0, lane, kept = x, None, []
         for visit, added, past in zip(self.plan, visit_deltas, pasts, strict=False):
-            where = ctx._replace(past=past, fp8_forward=wide[visit.layer])
+            where = ctx._replace(past=past, fp8=float8[visit.layer])
             for switch in self.switches:
                 where = switch.attention(self, visit, where)
             args = layers[visit.layer], self.layer_constants[visit.layer], where, self.scaled(added, visit.layer)

@@ -209,8 +209,9 @@ def test_combinations_that_cannot_work_are_refused(env: dict[str, object], word:
 def test_8_bits_are_refused_where_the_machine_lacks_them(tmp_path: Path) -> None:
     run = LoneRun(tmp_path)
     assert not [p for p in train_gpt.environment_problems(tiny_config(), run) if "FP8" in p]
-    (line,) = (p for p in train_gpt.environment_problems(tiny_config(fp8_forward=True), run) if "FP8" in p)
-    assert "Hopper" in line
+    for knob in ("fp8_forward", "fp8_backward"):
+        (line,) = (p for p in train_gpt.environment_problems(tiny_config(**{knob: True}), run) if "FP8" in p)
+        assert "Hopper" in line and knob.upper() in line
 
 
 @pytest.mark.parametrize("text", ["nan", "inf", "-inf"])

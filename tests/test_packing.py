@@ -536,4 +536,4 @@ def test_kernels_of_the_submission_are_those_of_the_source(minified: str) -> Non
     ours = kernels_of(Path(train_gpt.__file__).read_text())
     assert len(ours) > 15
     assert kernels_of(minified) == ours
-    assert len(minified) < 145_000 and "KERNEL_" not in minified
+    assert len(minified) < 148_000 and "KERNEL_" not in minified
