@@ -238,6 +238,13 @@ def mix_batch(b: Bench) -> Batch:
     return train_gpt.packed_row(mix_for(b), b.cfg.train_seq_len, b.device)
 
 
+def mix_docs(b: Bench) -> Docs:
+    """The boundaries of the packed mix with what all visits of a forward pass share, as `GPT.trunk` prepares them."""
+    cfg, docs = b.cfg, mix_batch(b)[2]
+    group = cfg.num_heads // cfg.num_kv_heads
+    return docs._replace(spans=b.kernels.attention.spans(docs, cfg.micro_batch_tokens, group))
+
+
 def write_shard(path: Path, values: np.ndarray) -> None:
     """256 int32 of header, then uint16."""
     header = np.zeros(train_gpt.SHARD_HEADER, "<i4")
@@ -328,7 +335,7 @@ def streams(b: Bench, count: int) -> list[Tensor]:
 
 def attention_case(b: Bench) -> Case:
     """q (T, H, K), k and v (T, G, K) and the boundaries of the packed mix."""
-    cfg, docs = b.cfg, mix_batch(b)[2]
+    cfg, docs = b.cfg, mix_docs(b)
     heads = (cfg.num_heads, cfg.num_kv_heads, cfg.num_kv_heads)
     q, k, v = (b.random(cfg.micro_batch_tokens, h, cfg.head_dim) for h in heads)
     pairs = (docs.cu_seqlens.diff().double() ** 2).sum().item() / 2  # the causal half
@@ -354,7 +361,7 @@ def block_flops(b: Bench) -> Products:
 def block_inputs(b: Bench) -> tuple[Any, ...]:
     """Weights, constants and context of a layer in the middle of the model, no adapters, no tap."""
     model = random_model(b)
-    layer, docs = b.cfg.num_layers // 2, mix_batch(b)[2]
+    layer, docs = b.cfg.num_layers // 2, mix_docs(b)
     w = train_gpt.LayerWeights(*(None if t is None else t.detach().requires_grad_() for t in model.layers()[layer]))
     rope = train_gpt.rotary_tables(b.cfg, b.cfg.micro_batch_tokens, False, b.device, b.run.dtype)
     context = train_gpt.Context(rope, docs, b.kernels.attention)

@@ -699,7 +699,8 @@ def test_training_in_8_bits_goes_the_same_way(looped: bool) -> None:
     model = GPT(cfg, choose_kernels(cfg, cuda), torch.bfloat16)
     model.load_state_dict(tiny_model(model_dim=256, rope_dims=16).state_dict())
     model.looped = looped
-    results = [losses_and_gradients(m.place(cuda), (120, 33, 1, 102)) for m in (in_8_bits(model), model)]
+    models = in_8_bits(model, "fp8_forward", "fp8_backward"), model
+    results = [losses_and_gradients(m.place(cuda), (120, 33, 1, 102)) for m in models]
     (loss, ours), (want, theirs) = results
     assert loss == pytest.approx(want, rel=0.01) and loss != want
     ours, theirs = (torch.cat([g.flatten() for g in grads.values()]) for grads in (ours, theirs))
