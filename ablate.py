@@ -8,16 +8,19 @@ MAX_WALLCLOCK_SECONDS is 0 here. Besides the knobs this program reads
 
     SEEDS="42 0"       seeds that every setting runs with
     NPROC=1            processes of a run, started by torchrun if there are several
+    GPUS="0 0 1 1"     runs go on side by side, here two on each of two GPUs; with NPROC=2 it reads "0,1 2,3". Without
+                       it one run follows another
     OUT=runs/ablate    folder of the runs, their output and table.md
 
 A run that has a result stays while its settings and the program are the same; every other one starts anew. A setting
-that only scoring reads scores the baseline's artifact instead of training again. Exit code 0: every run has a result;
-1: some have none; 2: the settings cannot work.
+that only scoring reads scores the baseline's artifact instead of training again, and one that quantization reads starts
+from the baseline's float weights. Exit code 0: every run has a result; 1: some have none; 2: the settings cannot work.
 """
 
 import hashlib
 import json
 import os
+import queue
 import re
 import shutil
 import signal
@@ -26,16 +29,22 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 PROGRAM = Path(__file__).resolve().parent / "train_gpt.py"
-ARTIFACT = "final_model.int6.ptz"
+ARTIFACT, WEIGHTS = "final_model.int6.ptz", "01_weights.pt"
 BASELINE = "baseline"
 
 # What only scoring reads: with the same artifact these knobs give the score that a whole run would.
 SCORING = ("TTT_", "PHASED_TTT_", "GLOBAL_TTT_", "LORA_PLUS_", "TAPIN_", "EVAL_HASH_EMB_", "EVAL_LOOP_EMB_")
+# What nothing before calibration reads: these knobs, and those, leave the float weights as they are.
+QUANTIZING = (
+    "GPTQ_CALIBRATION_", "MATRIX_BITS", "MATRIX_STEP_", "EMBED_BITS", "EMBED_CLIP_", "EMBED_STEP_", "EMBED_DAMPING",
+    "MLP_CLIP_", "ATTN_CLIP_", "SCALE_BITS", "GATED_ATTN_QUANT_", "SPINQUANT_",
+)  # fmt: skip
 OURS = ("SEED", "RUN_DIR", "RUN_ID", "ARTIFACT_DIR", "FROM_STAGE", "RESUME", "EVAL_ONLY_ARTIFACT", "PRESET")
 PLACES = {name.lower() for name in OURS} - {"seed"}  # of a run; they change no number
 
@@ -58,8 +67,11 @@ class Setting:
     knobs: Mapping[str, str]
 
     @property
-    def scoring_only(self) -> bool:
-        return bool(self.knobs) and all(k.startswith(SCORING) for k in self.knobs)
+    def first_stage(self) -> str:
+        """Where it parts from the baseline."""
+        if not self.knobs or not all(k.startswith(SCORING + QUANTIZING) for k in self.knobs):
+            return "train"
+        return "evaluate" if all(k.startswith(SCORING) for k in self.knobs) else "calibrate"
 
     def folder(self, out: Path, seed: int) -> Path:
         return out / re.sub(r"[^\w.=,+-]", "_", self.name) / f"seed{seed}"
@@ -88,6 +100,14 @@ def parse_numbers(name: str, default: str) -> list[int]:
     return [int(n) for n in dict.fromkeys(text.split())]
 
 
+def parse_gpus(nproc: int) -> list[str]:
+    """CUDA_VISIBLE_DEVICES of every run that may go on at once; one that is empty leaves it as it is."""
+    lanes = os.environ.get("GPUS", "").split() or [""]
+    if lanes != [""] and not all(re.fullmatch(rf"\d+(,\d+){{{nproc - 1}}}", lane) for lane in lanes):
+        raise Refused(f"GPUS={os.environ['GPUS']!r}: give NPROC={nproc} numbers with commas for each run at a time")
+    return lanes
+
+
 # ---- Runs ------------------------------------------------------------------------------------------------------------
 CHECK = """
 import json, sys
@@ -102,7 +122,7 @@ for env in json.load(sys.stdin):
 
 
 def base_environment() -> dict[str, str]:
-    env = {k: v for k, v in os.environ.items() if k not in (*OURS, "SEEDS", "NPROC", "OUT")}
+    env = {k: v for k, v in os.environ.items() if k not in (*OURS, "SEEDS", "NPROC", "GPUS", "OUT")}
     env["PRESET"] = os.environ.get("PRESET", "demo")
     env.setdefault("MAX_WALLCLOCK_SECONDS", "0")
     return env
@@ -148,52 +168,83 @@ def finished(folder: Path, identity: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class Runner:
-    """Runs settings one after another, each in a process, or several, of its own."""
+    """Runs settings, each in a process, or several, of its own; as many at once as there are lanes."""
 
-    def __init__(self, settings: Sequence[Setting], out: Path, nproc: int):
+    def __init__(self, settings: Sequence[Setting], out: Path, nproc: int, lanes: Sequence[str]):
         self.out, self.nproc, self.env = out, nproc, base_environment()
         self.configs = resolved(settings, self.env)
         self.program = hashlib.sha256(PROGRAM.read_bytes()).hexdigest()
         self.results: dict[str, dict[int, dict[str, Any]]] = {s.name: {} for s in settings}
+        self.lanes, self.running, self.stopped = queue.SimpleQueue[str](), set[subprocess.Popen](), False
+        for lane in lanes:
+            self.lanes.put(lane)
+        if len(lanes) > 1:
+            self.env.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // len(lanes))))
 
-    def run(self, setting: Setting, seed: int) -> str:
-        """One run, or what is left of an earlier one; returns what became of it, in a few words."""
-        folder, config = setting.folder(self.out, seed), self.configs[setting.name]
-        identity = {"config": {k: v for k, v in config.items() if k not in PLACES} | {"seed": seed},
-                    "processes": self.nproc, "program": self.program}  # fmt: skip
-        base = self.results[BASELINE].get(seed, {})
-        env = {**self.env, **setting.knobs, "SEED": str(seed), "RUN_DIR": str(folder)}
-        if setting.scoring_only:
-            if not base:
-                return "skipped: the baseline has no artifact"
-            env.pop("EVAL_ONLY_CHECKPOINT", None)
-            env["EVAL_ONLY_ARTIFACT"] = str(Setting(BASELINE, {}).folder(self.out, seed) / ARTIFACT)
-        began, result = time.monotonic(), finished(folder, identity)
-        if not result:
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir(parents=True)
-            (folder / "ablate.json").write_text(json.dumps(identity, indent=1))
-            code = self.launch(env, folder / "output.txt")
-            result = finished(folder, identity)
+    def run(self, setting: Setting, seed: int, baseline: Future[str] | None = None) -> str:
+        """One run, or what is left of an earlier one; returns what became of it, in a few words.
+
+        baseline: the run of this seed that it waits for, if it starts from what that leaves.
+        """
+        folder, config, lane = setting.folder(self.out, seed), self.configs[setting.name], self.lanes.get()
+        try:
+            if baseline:
+                baseline.result()
+            identity = {"config": {k: v for k, v in config.items() if k not in PLACES} | {"seed": seed},
+                        "processes": self.nproc, "program": self.program}  # fmt: skip
+            base = self.results[BASELINE].get(seed, {})
+            if setting.first_stage != "train" and not base:
+                return "skipped: the baseline has no result"
+            began, result = time.monotonic(), finished(folder, identity)
+            if not result:
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir(parents=True)
+                (folder / "ablate.json").write_text(json.dumps(identity, indent=1))
+                code = self.launch(self.environment(setting, seed, lane), folder / "output.txt")
+                result = finished(folder, identity)
             if not result:
                 text = (folder / "output.txt").read_text(errors="replace")
                 return f"FAILED with code {code}: {last_line(text)} (all of it: {folder / 'output.txt'})"
-        # What an artifact is made from, a run that only scores it shares with the baseline.
-        self.results[setting.name][seed] = (base if setting.scoring_only else {}) | result
+        finally:
+            self.lanes.put(lane)
+        # What comes before its first stage, a run shares with the baseline.
+        self.results[setting.name][seed] = (base if setting.first_stage != "train" else {}) | result
         scores = " ".join(
             f"{name.removeprefix('bpb_')} {result[name]:.5f}" for name in STAGES if name[:3] == "bpb" and name in result
         )
         return f"{scores} ({time.monotonic() - began:.0f}s)"
 
+    def environment(self, setting: Setting, seed: int, lane: str) -> dict[str, str]:
+        """Of the process. A run that starts from the baseline's float weights finds them in its folder."""
+        folder, base = setting.folder(self.out, seed), Setting(BASELINE, {}).folder(self.out, seed)
+        env = {**self.env, **setting.knobs, "SEED": str(seed), "RUN_DIR": str(folder)}
+        if lane:
+            env["CUDA_VISIBLE_DEVICES"] = lane
+        if setting.first_stage == "evaluate":
+            for name in ("EVAL_ONLY_CHECKPOINT", "HOTSTART_FP_CKPT"):
+                env.pop(name, None)
+            env["EVAL_ONLY_ARTIFACT"] = str(base / ARTIFACT)
+        elif setting.first_stage == "calibrate" and (base / WEIGHTS).exists():  # a baseline from a checkpoint has none
+            env["FROM_STAGE"] = "calibrate"
+            (folder / WEIGHTS).symlink_to((base / WEIGHTS).resolve())
+        return env
+
     def launch(self, env: Mapping[str, str], output: Path) -> int:
+        if self.stopped:
+            return -signal.SIGTERM
         many = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={self.nproc}"]
         command = [sys.executable, *(many if self.nproc > 1 else []), str(PROGRAM)]
         with open(output, "wb") as file, subprocess.Popen(command, env=env, stdout=file, stderr=file) as process:
-            try:
-                return process.wait()
-            finally:  # nothing survives an interruption
-                if process.poll() is None:
-                    process.terminate()
+            self.running.add(process)
+            code = process.wait()
+            self.running.discard(process)
+            return code
+
+    def stop(self) -> None:
+        """Ends what is running: nothing survives an interruption."""
+        self.stopped = True
+        for process in list(self.running):
+            process.terminate()
 
 
 # ---- Table -----------------------------------------------------------------------------------------------------------
@@ -228,24 +279,54 @@ def table(settings: Sequence[Setting], results: Mapping[str, Mapping[int, Mappin
     )
 
 
+def run_all(settings: Sequence[Setting], seeds: Sequence[int], runner: Runner, n_lanes: int) -> None:
+    """All runs, seed after seed, those last that start from what a baseline leaves; a line for each as it ends."""
+    jobs, baselines = [(setting, seed) for seed in seeds for setting in settings], dict[int, Future[str]]()
+    jobs.sort(key=lambda job: job[0].first_stage != "train")
+    pool = ThreadPoolExecutor(n_lanes)
+
+    def one(number: int, setting: Setting, seed: int) -> str:
+        waits_for = baselines[seed] if setting.first_stage != "train" else None
+        head = f"[{number}/{len(jobs)}] {setting.name} seed {seed}: "
+        if alone := n_lanes == 1:
+            print(head, end="", flush=True)
+        became = runner.run(setting, seed, waits_for)
+        if not runner.stopped:
+            print(became if alone else head + became, flush=True)
+        return became
+
+    try:
+        futures = []
+        for number, (setting, seed) in enumerate(jobs, 1):
+            futures.append(pool.submit(one, number, setting, seed))
+            if setting.name == BASELINE:  # the first of its seed
+                baselines[seed] = futures[-1]
+        for future in futures:
+            future.result()
+            (runner.out / "table.md").write_text(table(settings, runner.results))
+    except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)
+        runner.stop()
+        raise
+    finally:
+        pool.shutdown()
+
+
 def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         settings = parse_settings(" ".join(sys.argv[1:]))
         seeds, (nproc, *_) = parse_numbers("SEEDS", "42 0"), parse_numbers("NPROC", "1")
-        runner = Runner(settings, out := Path(os.environ.get("OUT") or "runs/ablate"), nproc)
+        lanes = parse_gpus(nproc)
+        runner = Runner(settings, out := Path(os.environ.get("OUT") or "runs/ablate"), nproc, lanes)
     except Refused as e:
         print("these settings cannot work:", *str(e).splitlines(), sep="\n  - ", file=sys.stderr)
         return 2
-    jobs = [(setting, seed) for seed in seeds for setting in settings]
     out.mkdir(parents=True, exist_ok=True)
     try:
-        for i, (setting, seed) in enumerate(jobs, 1):
-            print(f"[{i}/{len(jobs)}] {setting.name} seed {seed}: ", end="", flush=True)
-            print(runner.run(setting, seed), flush=True)
-            (out / "table.md").write_text(table(settings, runner.results))
+        run_all(settings, seeds, runner, len(lanes))
     except KeyboardInterrupt:
-        print("interrupted: the same command goes on with the run that this was")
+        print("interrupted: the same command goes on with what was running")
         return 130
     print(f"\n{table(settings, runner.results)}\nwritten to {out / 'table.md'}")
     return 0 if all(len(r) == len(seeds) for r in runner.results.values()) else 1

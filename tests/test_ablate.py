@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import statistics
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,9 +17,10 @@ from support import ROOT
 import ablate
 import train_gpt
 
-# Its loss is a formula of its knobs; DIE makes it end as a failing run does, HANG as one that is killed.
+# Its loss is a formula of its knobs; DIE makes it end as a failing run does, HANG as one that is killed, MEET waits for
+# as many runs to be there at once, SLEEP for nothing.
 STAND_IN = """
-import json, os, sys
+import json, os, sys, time
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -32,6 +36,10 @@ class Config:
     ttt_lora_lr: float = 1.0
     die: int = 0
     hang: int = 0
+    meet: int = 0
+    sleep: int = 0
+    scale_bits: int = 4
+    from_stage: str = ""
     eval_only_artifact: str = ""
 
 def load_config(env):
@@ -44,18 +52,30 @@ if __name__ == "__main__":
     c = load_config(os.environ)
     folder = Path(c.run_dir)
     with open(folder.parents[1] / "ran.txt", "a") as f:
-        print(f"{folder.parent.name} {c.seed} {c.eval_only_artifact}", file=f)
+        print(f"{folder.parent.name} {c.seed} {c.eval_only_artifact}{c.from_stage}", file=f)
+    (folder / "gpus.txt").write_text(os.environ.get("CUDA_VISIBLE_DEVICES", "none"))
+    while len(list(folder.parents[1].glob("*/*/gpus.txt"))) < c.meet:
+        time.sleep(0.01)
+    time.sleep(c.sleep)
     if c.die:
         print("some line")
         sys.exit("it died, as asked")
     if c.hang:
         os.kill(os.getpid(), 9)
     scored = c.eval_only_artifact
-    artifact = float(Path(scored).read_text()) if scored else 2 + c.seed / 100 + c.muon_wd * (1 + c.seed / 1000)
+    weights = folder / "01_weights.pt"
+    if scored:
+        artifact = float(Path(scored).read_text())
+    else:
+        if not c.from_stage:
+            weights.write_text(str(2 + c.seed / 100 + c.muon_wd * (1 + c.seed / 1000)))
+        artifact = float(weights.read_text()) + (4 - c.scale_bits) / 100
     result = dict(bpb_quantized=artifact, bpb_ttt=artifact - c.ttt_lora_lr / 10, ttt_seconds=1.5)
     if not scored:
         (folder / "final_model.int6.ptz").write_text(str(artifact))
-        result.update(bpb_float=artifact - 0.01, total_bytes=1000 * int(c.muon_wd), train_seconds=2.0)
+        result.update(total_bytes=1000 * int(c.muon_wd), train_seconds=2.0)
+    if not scored and not c.from_stage:
+        result.update(bpb_float=artifact - 0.01)
     (folder / "run.json").write_text(json.dumps(dict(result=result)))
     sys.exit(3)
 """
@@ -121,6 +141,38 @@ def test_what_only_scoring_reads_is_scored_on_the_baselines_artifact(run: Run, t
     assert (tmp_path / "out" / "ran.txt").read_text().splitlines()[2] == "MUON_WD=2,TTT_LORA_LR=3 7 "
 
 
+def test_what_quantization_reads_starts_from_the_baselines_weights(run: Run, tmp_path: Path) -> None:
+    assert run("SCALE_BITS=6,TTT_LORA_LR=3 SCALE_BITS=6,MUON_WD=3 MUON_WD=2", SEEDS=7) == 0
+    lines = (tmp_path / "out" / "ran.txt").read_text().splitlines()
+    assert lines[:3] == ["baseline 7 ", "SCALE_BITS=6,MUON_WD=3 7 ", "MUON_WD=2 7 "]
+    assert lines[3:] == ["SCALE_BITS=6,TTT_LORA_LR=3 7 calibrate"]
+    row = cells(tmp_path)["SCALE_BITS=6,TTT_LORA_LR=3"]
+    assert (row["float bpb"], row["quantized bpb"], row["bpb after TTT"]) == ("same", "-0.02000", "-0.22000")
+    assert not (tmp_path / "out" / "MUON_WD=2" / "seed7" / "01_weights.pt").is_symlink()
+
+
+def test_runs_go_on_side_by_side_each_on_its_gpus(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every run waits until four are there; what starts from a baseline waits for that."""
+    assert run("MUON_WD=2 TTT_LORA_LR=2", SEEDS="1 2", GPUS="0 0 3 5", MEET=4) == 0
+    gpus = sorted(path.read_text() for path in (tmp_path / "out").glob("*/*/gpus.txt"))
+    assert len(gpus) == 6 and set(gpus) == {"0", "3", "5"} and gpus.count("0") >= 2
+    assert cells(tmp_path)["TTT_LORA_LR=2"]["bpb after TTT"] == "-0.10000 +- 0.00000"
+    out = capsys.readouterr().out
+    assert sorted(line[:5] for line in out.splitlines() if line.startswith("[")) == [f"[{i}/6]" for i in range(1, 7)]
+
+
+def test_an_interruption_ends_what_is_running(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupt() -> None:
+        while len(list(tmp_path.glob("out/*/*/gpus.txt"))) < 2:
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt).start()
+    assert run("MUON_WD=2 MUON_WD=3", GPUS="0 1", SLEEP=600) == 130
+    assert "interrupted" in capsys.readouterr().out
+    assert ran(tmp_path) in (["baseline 1", "MUON_WD=2 1"], ["MUON_WD=2 1", "baseline 1"])
+
+
 def test_a_failing_setting_is_reported_and_the_others_go_on(
     run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -131,7 +183,7 @@ def test_a_failing_setting_is_reported_and_the_others_go_on(
     assert table["DIE=1"]["float bpb"] == "-"
     assert table["MUON_WD=2"]["seeds"] == "2"
     assert run("TTT_LORA_LR=2", DIE=1) == 1
-    assert "skipped: the baseline has no artifact" in capsys.readouterr().out
+    assert "skipped: the baseline has no result" in capsys.readouterr().out
 
 
 def test_what_is_finished_stays(run: Run, tmp_path: Path) -> None:
@@ -179,6 +231,8 @@ def test_what_was_interrupted_starts_anew(run: Run, tmp_path: Path) -> None:
         ("MUON_WD=2", {"MAX_WALLCLOCK_SECONDS": 600}, "same steps"),
         ("MUON_WD=2", {"SEEDS": "one"}, "SEEDS"),
         ("MUON_WD=2", {"NPROC": "-1"}, "NPROC"),
+        ("MUON_WD=2", {"GPUS": "0 one"}, "NPROC=1 numbers"),
+        ("MUON_WD=2", {"GPUS": "0 1", "NPROC": "2"}, "NPROC=2 numbers"),
     ],
 )
 def test_bad_settings_are_refused_at_once(
@@ -193,16 +247,18 @@ def test_commas_may_be_part_of_a_value() -> None:
     _, a, b = ablate.parse_settings("TTT_EVAL_BATCHES=1,2,3 SPINQUANT_SITES=attn_in,mlp_in,MUON_WD=0.1")
     assert a.knobs == {"TTT_EVAL_BATCHES": "1,2,3"}
     assert b.knobs == {"SPINQUANT_SITES": "attn_in,mlp_in", "MUON_WD": "0.1"}
-    assert a.scoring_only and not b.scoring_only
+    assert (a.first_stage, b.first_stage) == ("evaluate", "train")
 
 
 def test_the_program_is_the_one_it_takes_it_for() -> None:
     """Names of the artifact, of the knobs that are set here, and of those that a trained artifact cannot depend on."""
     knobs = {f.name.upper() for f in train_gpt.fields(train_gpt.Config)}
     assert ablate.ARTIFACT == train_gpt.ARTIFACT_NAME
+    assert f'"{ablate.WEIGHTS}"' in (ROOT / "train_gpt.py").read_text()
     assert set(ablate.OURS) | {"MAX_WALLCLOCK_SECONDS", "EVAL_ONLY_CHECKPOINT"} <= knobs
-    assert all(any(k.startswith(prefix) for k in knobs) for prefix in ablate.SCORING)
-    assert not [k for k in train_gpt.MODEL_FIELDS if k.upper().startswith(ablate.SCORING)]
+    later = ablate.SCORING + ablate.QUANTIZING
+    assert all(any(k.startswith(prefix) for k in knobs) for prefix in later)
+    assert not [k for k in train_gpt.MODEL_FIELDS if k.upper().startswith(later)]
     assert ROOT / "train_gpt.py" == ablate.PROGRAM
     settings = ablate.parse_settings("MUON_GRAD_POWER=0.9")
     configs = ablate.resolved(settings, {"PRESET": "demo", "MAX_WALLCLOCK_SECONDS": "0"})
