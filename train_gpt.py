@@ -1418,7 +1418,7 @@ class TritonAttention(PackedAttention):
         grads = q.view(grad.shape), *(x.unflatten(1, (-1, layer.head_dim)) for x in (k, v))
         d_gain = flat.new_empty(len(docs.spans.queries), layer.heads, dtype=torch.float32)  # no atomics
         self.launch(grad, delta, state, docs.spans, grads, raw, d_gain)
-        return d_gain.sum(0).to(raw.gain.dtype)
+        return d_gain.sum(0)
 
     def launch(  # noqa: PLR0913
         self, grad: Tensor, delta: Tensor, state: Any, s: Spans, grads: Sequence[Tensor],
@@ -1743,8 +1743,8 @@ def float8_product(x: Tensor, w: Float8, width: int, dtype: torch.dtype) -> Tens
 
 
 def mix(x: Tensor, x0: Tensor, weights: Tensor) -> Tensor:
-    """x and x0 (..., D) weighted by the two rows of `weights` (2, D)."""
-    return weights[0] * x + weights[1] * x0
+    """x and x0 (..., D) weighted by the two rows of `weights` (2, D), which are in float32: -> as x."""
+    return (weights[0] * x + weights[1] * x0).to(x.dtype)
 
 
 def mean_norm(x: Tensor, lane: Tensor | None = None) -> Tensor:
@@ -1754,14 +1754,8 @@ def mean_norm(x: Tensor, lane: Tensor | None = None) -> Tensor:
 
 def update_lanes(x: Tensor, lane: Tensor, a: Tensor, b: Tensor, keep: Tensor, post: Tensor) -> tuple[Tensor, Tensor]:
     """Both lanes keep a part of themselves (keep (2,)) and take what attention and MLP made (post (2, 2): from, to)."""
-    return keep[0] * x + post[0, 0] * a + post[1, 0] * b, keep[1] * lane + post[0, 1] * a + post[1, 1] * b
-
-
-def merge_skip(x: Tensor, kept: Tensor, weight: Tensor, gate: Tensor | None) -> Tensor:
-    """U-net skip: the kept encoder output, scaled, gated against x or added to it."""
-    if gate is None:
-        return x + weight * kept
-    return torch.lerp(weight * kept, x, gate.sigmoid())
+    lanes = keep[0] * x + post[0, 0] * a + post[1, 0] * b, keep[1] * lane + post[0, 1] * a + post[1, 1] * b
+    return lanes[0].to(x.dtype), lanes[1].to(x.dtype)
 
 
 if triton is not None:
@@ -1905,44 +1899,43 @@ if triton is not None:
 
     @triton.jit
     def merge_kernel(  # noqa: PLR0913
-        x_ptr, kept_ptr, weight_ptr, gate_ptr, out_ptr, M, D, ROWS: tl.constexpr, BLOCK: tl.constexpr
+        x_ptr, kept_ptr, weights_ptr, out_ptr, M, D, ROWS: tl.constexpr, BLOCK: tl.constexpr
     ):  # noqa: PLR0913
-        """`merge_skip` with a gate."""
+        """`mix` of the stream and a kept output."""
         row, col = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK)
         inside = (row[:, None] < M) & (col[None, :] < D)
         at = row[:, None].to(tl.int64) * D + col[None, :]
-        weight = tl.load(weight_ptr + col, mask=col < D, other=0.0).to(tl.float32)
-        gate = tl.sigmoid(tl.load(gate_ptr + col, mask=col < D, other=0.0).to(tl.float32))
-        skip = weight[None, :] * stream(kept_ptr, at, inside)
-        out = skip + gate[None, :] * (stream(x_ptr, at, inside) - skip)
+        of_x = tl.load(weights_ptr + col, mask=col < D, other=0.0).to(tl.float32)
+        of_kept = tl.load(weights_ptr + D + col, mask=col < D, other=0.0).to(tl.float32)
+        out = of_x[None, :] * stream(x_ptr, at, inside) + of_kept[None, :] * stream(kept_ptr, at, inside)
         tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=inside)
 
     @triton.jit
     def merge_backward_kernel(  # noqa: PLR0913
-        g_ptr, x_ptr, kept_ptr, weight_ptr, gate_ptr, dx_ptr, dkept_ptr, sums_ptr, M, D,
+        g_ptr, x_ptr, kept_ptr, weights_ptr, dx_ptr, dkept_ptr, sums_ptr, M, D,
         ROWS: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip  # noqa: PLR0913
-        """dx, dkept (in dx where x itself was kept), and per program the sums over rows of g kept and g x."""
+        """dx, dkept (in dx where x itself was kept), and per program the sums over rows of g x and g kept."""
         col = tl.arange(0, BLOCK)
-        weight = tl.load(weight_ptr + col, mask=col < D, other=0.0).to(tl.float32)
-        gate = tl.sigmoid(tl.load(gate_ptr + col, mask=col < D, other=0.0).to(tl.float32))
-        sum_kept, sum_x = tl.zeros((ROWS, BLOCK), tl.float32), tl.zeros((ROWS, BLOCK), tl.float32)
+        of_x = tl.load(weights_ptr + col, mask=col < D, other=0.0).to(tl.float32)
+        of_kept = tl.load(weights_ptr + D + col, mask=col < D, other=0.0).to(tl.float32)
+        sum_x, sum_kept = tl.zeros((ROWS, BLOCK), tl.float32), tl.zeros((ROWS, BLOCK), tl.float32)
         for block in range(tl.program_id(0), tl.cdiv(M, ROWS), tl.num_programs(0)):
             row = block * ROWS + tl.arange(0, ROWS)
             inside = (row[:, None] < M) & (col[None, :] < D)
             at = row[:, None].to(tl.int64) * D + col[None, :]
             g = stream(g_ptr, at, inside)
-            sum_kept += g * stream(kept_ptr, at, inside)
             sum_x += g * stream(x_ptr, at, inside)
-            dx, dkept = gate[None, :] * g, ((1 - gate) * weight)[None, :] * g
+            sum_kept += g * stream(kept_ptr, at, inside)
+            dx, dkept = of_x[None, :] * g, of_kept[None, :] * g
             if dkept_ptr is None:
                 dx += dkept
             else:
                 tl.store(dkept_ptr + at, dkept.to(dkept_ptr.dtype.element_ty), mask=inside)
             tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=inside)
         out = sums_ptr + tl.program_id(0) * 2 * D + col
-        tl.store(out, tl.sum(sum_kept, 0), mask=col < D)
-        tl.store(out + D, tl.sum(sum_x, 0), mask=col < D)
+        tl.store(out, tl.sum(sum_x, 0), mask=col < D)
+        tl.store(out + D, tl.sum(sum_kept, 0), mask=col < D)
 
 
 def _walkers(x: Tensor) -> int:
@@ -1995,7 +1988,7 @@ def mix_norm_backward(  # noqa: PLR0913
         more.g, dn, n, rstd, x, x0, mix, more.carry, more.keep, more.g0, dx, dx0, sums, scale, factor, len(rstd), d,
         **tile,
     )  # fmt: skip
-    return dx, dx0, sums.sum(0).to(mix.dtype) if inputs else None
+    return dx, dx0, sums.sum(0) if inputs else None
 
 
 class FusedMeanNorm(torch.autograd.Function):
@@ -2016,35 +2009,28 @@ class FusedMeanNorm(torch.autograd.Function):
         return dx, dx if ctx.lanes else None
 
 
-class FusedMergeSkip(torch.autograd.Function):
-    """`merge_skip` with a gate: reads two streams and writes one, backward three and two."""
+class FusedMerge(torch.autograd.Function):
+    """`mix` without a norm behind it, for skips: reads two streams and writes one, backward three and two."""
 
     @staticmethod
-    def forward(ctx, x, kept, weight, gate):
+    def forward(ctx, x, kept, weights):
         out, tile, rows = torch.empty_like(x), _row_tile(x.size(-1)), x.numel() // x.size(-1)
-        merge_kernel[(triton.cdiv(rows, tile["ROWS"]),)](x, kept, weight, gate, out, rows, x.size(-1), **tile)
-        ctx.save_for_backward(x, kept, weight, gate)
+        merge_kernel[(triton.cdiv(rows, tile["ROWS"]),)](x, kept, weights, out, rows, x.size(-1), **tile)
+        ctx.save_for_backward(x, kept, weights)
         ctx.same = x is kept  # the innermost skip
         return out
 
     @staticmethod
     def backward(ctx, grad):
-        x, kept, weight, gate = ctx.saved_tensors
+        x, kept, weights = ctx.saved_tensors
         d, dx, dkept = x.size(-1), torch.empty_like(x), None if ctx.same else torch.empty_like(x)
         rows = x.numel() // d
         programs = min(_walkers(x), rows)
         sums = x.new_empty(programs, 2, d, dtype=torch.float32)
         merge_backward_kernel[(programs,)](
-            grad.contiguous(), x, kept, weight, gate, dx, dkept, sums, rows, d, **_row_tile(d)
+            grad.contiguous(), x, kept, weights, dx, dkept, sums, rows, d, **_row_tile(d)
         )
-        g_kept, g_x = sums.sum(0)
-        s = gate.float().sigmoid()
-        d_gate = s * (1 - s) * (g_x - weight.float() * g_kept)
-        return dx, dkept, ((1 - s) * g_kept).to(weight.dtype), d_gate.to(gate.dtype)
-
-
-def merge_skip_fused(x: Tensor, kept: Tensor, weight: Tensor, gate: Tensor | None) -> Tensor:
-    return merge_skip(x, kept, weight, gate) if gate is None else FusedMergeSkip.apply(x, kept, weight, gate)
+        return dx, dkept, sums.sum(0)
 
 
 def lanes_forward(x: Tensor, lane: Tensor, a: Tensor, b: Tensor, keep: Tensor, post: Tensor) -> tuple[Tensor, Tensor]:
@@ -2059,7 +2045,7 @@ def lanes_backward(gx: Tensor, gl: Tensor, x: Tensor, lane: Tensor, a: Tensor, b
     programs = min(_walkers(x), triton.cdiv(x.numel(), block))
     sums = x.new_empty(programs, 6, dtype=torch.float32)
     lanes_backward_kernel[(programs,)](gx, gl, x, lane, a, b, post, da, db, sums, x.numel(), block)
-    sums = sums.sum(0).to(post.dtype)
+    sums = sums.sum(0)
     return da, db, sums[:2], sums[2:].view(2, 2)
 
 
@@ -2286,7 +2272,7 @@ def prepare_backward(raw: RawHeads, dq: Tensor, dk: Tensor, dv: Tensor) -> Tenso
         *dq.stride()[:2], flat.stride(0), d_flat.stride(0), h, g, k, cos.size(-1), RMS_EPS, layer.exclude_own_value,
         triton.next_power_of_2(k), triton.next_power_of_2(h), rows, num_warps=HEAD_WARPS,
     )  # fmt: skip
-    return partial.sum(0).to(gain.dtype)
+    return partial.sum(0)
 
 
 def gate_forward(y: Tensor, merged: Tensor, layer: Layer) -> Tensor:
@@ -2851,8 +2837,9 @@ def low_rank(x: Tensor, delta: tuple[Tensor, Tensor] | None) -> Tensor | float:
 
 
 class LayerWeights(NamedTuple):
-    """Everything a visit to one layer reads, in the compute dtype: a block is a pure function of these.
+    """Everything a visit to one layer reads, matrices in the compute dtype: a block is a pure function of these.
 
+    The other weights are in float32: as bfloat16 each visit would have to cast its sums for their gradients.
     The scales of what attention and MLP write are folded into the matrices that write it: W_o and W_down have D rows,
     the stream has one per token.
     """
@@ -2863,8 +2850,8 @@ class LayerWeights(NamedTuple):
     wo: Tensor  # (D, D), times attn_scale
     up: Tensor  # (F, D)
     down: Tensor  # (D, F), times mlp_scale
-    post: Tensor  # (2, 2): what attention and MLP (rows) add to the two lanes (columns)
-    keep: Tensor  # (2,): what the lanes keep of themselves
+    post: Tensor | None  # (2, 2), where there are lanes: what attention and MLP (rows) add to them (columns)
+    keep: Tensor | None  # (2,): what they keep of themselves
 
 
 class Layer(NamedTuple):
@@ -3030,7 +3017,7 @@ def attend(n: Tensor, w: LayerWeights, layer: Layer, ctx: Context, deltas: Delta
     q, k, v, gates, narrow = merged.tensor_split(layer.columns, dim=-1)
     q, k, v = q + low_rank(n, deltas.q), k + low_rank(n, deltas.k), v + low_rank(n, deltas.v)
     q, k, v = (t.unflatten(-1, (-1, layer.head_dim)) for t in (q, k, v))  # (B, T, heads, K)
-    q, k = rotate(rms(q), ctx.rope) * w.q_gain[:, None], rotate(rms(k), ctx.rope)
+    q, k = (rotate(rms(q), ctx.rope) * w.q_gain[:, None]).to(v.dtype), rotate(rms(k), ctx.rope)
     if ctx.docs is None or ctx.past:
         y = dense_attention(q, *(ctx.past.extend(k, v) if ctx.past else (k, v)))
     else:
@@ -3307,7 +3294,7 @@ class Kernels(NamedTuple):
     attention: PackedAttention = ATTENTION_KINDS["sdpa"]
     serial: Callable[..., tuple[Tensor, Tensor, Tensor]] = serial_block
     two_lane: Callable[..., tuple[Tensor, Tensor, Tensor]] = two_lane_block
-    merge: Callable[..., Tensor] = merge_skip
+    merge: Callable[..., Tensor] = mix
     mean_norm: Callable[..., Tensor] = mean_norm
     loss: Callable[..., Tensor] = softcapped_loss
     adamw: Callable[..., Tensor] = adamw
@@ -3317,7 +3304,7 @@ class Kernels(NamedTuple):
 
 SPEC = Kernels()
 FUSED = Kernels(
-    serial=serial_block_fused, two_lane=two_lane_block_fused, merge=merge_skip_fused, mean_norm=FusedMeanNorm.apply,
+    serial=serial_block_fused, two_lane=two_lane_block_fused, merge=FusedMerge.apply, mean_norm=FusedMeanNorm.apply,
     loss=softcapped_loss_fused, adamw=adamw_fused, fused=True,
 )  # fmt: skip
 
@@ -3474,6 +3461,7 @@ class GPT(nn.Module):
     def layers(self) -> list[LayerWeights]:
         """The weights of each layer, cast and joined once per forward pass; every gradient is gathered once."""
         n, dtype = self.cfg.num_layers, self.dtype
+        lanes_from = self.cfg.parallel_start_layer or n
 
         def stack(name: str) -> Tensor:
             return torch.stack([b.get_parameter(name) for b in self.blocks])
@@ -3487,16 +3475,24 @@ class GPT(nn.Module):
             reads_input = self.cfg.attn_out_gate_src == "proj"
             rows.append(F.pad(narrow, (0, queries.size(-1) - window)) if reads_input else narrow @ queries[:, :window])
         columns = LayerWeights(
-            mix=stack("resid_mix").to(dtype),
-            q_gain=stack("attn.q_gain").to(dtype),
+            mix=stack("resid_mix"),
+            q_gain=stack("attn.q_gain"),
             qkv=torch.cat([r.to(dtype) for r in rows], dim=1),
             wo=(stack("attn_scale").unsqueeze(-1) * outputs).to(dtype),
             up=self.mlp_up_bank.to(dtype),
             down=(stack("mlp_scale").unsqueeze(-1) * self.mlp_down_bank).to(dtype),
-            post=self.parallel_post_lambdas.to(dtype),
-            keep=self.parallel_resid_lambdas.to(dtype),
+            post=[*[None] * lanes_from, *self.parallel_post_lambdas[lanes_from:]],
+            keep=[*[None] * lanes_from, *self.parallel_resid_lambdas[lanes_from:]],
         )
         return [LayerWeights(*row) for row in zip(*map(list, columns), strict=True)]
+
+    def skip_mixes(self) -> tuple[Tensor, ...]:
+        """Weights (2, D) of the stream and of the kept encoder output for each skip: gated, or added as it is."""
+        weights = self.skip_weights
+        if not self.cfg.skip_gates_enabled:
+            return torch.stack((torch.ones_like(weights), weights), 1).unbind()
+        gates = self.skip_gates.sigmoid()
+        return torch.stack((gates, (1 - gates) * weights), 1).unbind()
 
     def float8_layers(self, layers: Sequence[LayerWeights], tokens: int) -> Sequence[Float8Weights]:
         """The matrices of each layer in 8 bits, once per forward pass, while this model trains; for scores nothing.
@@ -3541,8 +3537,7 @@ class GPT(nn.Module):
         pasts = cache.pasts() if cache else itertools.repeat(None)
         visit_deltas = itertools.repeat(NO_DELTAS) if deltas is None else deltas
         float8 = self.float8_layers(layers, tokens.numel())
-        gates = self.skip_gates.to(self.dtype) if cfg.skip_gates_enabled else [None] * len(self.skip_weights)
-        skip_weights = self.skip_weights.to(self.dtype)
+        skips = self.skip_mixes()
 
         x0, lane, kept = x, None, []
         for visit, added, past in zip(self.plan, visit_deltas, pasts, strict=False):
@@ -3554,7 +3549,7 @@ class GPT(nn.Module):
             if visit.two_lane and lane is None:
                 lane = x  # before the skip, which is merged into the attention lane alone
             if visit.skip is not None and kept:
-                x = kernels.merge(x, kept.pop(), skip_weights[visit.skip], gates[visit.skip])
+                x = kernels.merge(x, kept.pop(), skips[visit.skip])
             if visit.two_lane:
                 x, lane, x0 = kernels.two_lane(x, lane, x0, *args, peek)
             else:
@@ -4064,12 +4059,13 @@ class GraphedMicroBatch(MicroBatch):
             p.grad = grad
 
     def add_gradients(self) -> None:
-        for p in self.grads:
-            if p.grad is None:
-                p.grad = torch.zeros_like(p)
-        for mine in by_dtype(self.grads.values()):
-            kind = mine[0].dtype
-            torch._foreach_add_([p.grad for p, g in self.grads.items() if g.dtype == kind], mine)
+        first = {p for p in self.grads if p.grad is None}
+        for p in first:
+            p.grad = self.grads[p].clone()
+        more = [p for p in self.grads if p not in first]
+        sums, grads = by_dtype(p.grad for p in more), by_dtype(self.grads[p] for p in more)
+        for theirs, mine in zip(sums, grads, strict=True):
+            torch._foreach_add_(theirs, mine)
 
 
 def graphable(cfg: Config, run: Run, model: GPT) -> bool:

@@ -358,10 +358,9 @@ def block_flops(b: Bench) -> Products:
     return Products(2 * cfg.micro_batch_tokens * cfg.model_dim * width, 4 * cfg.model_dim * pairs)
 
 
-def block_inputs(b: Bench) -> tuple[Any, ...]:
-    """Weights, constants and context of a layer in the middle of the model, no adapters, no tap."""
-    model = random_model(b)
-    layer, docs = b.cfg.num_layers // 2, mix_docs(b)
+def block_inputs(b: Bench, layer: int) -> tuple[Any, ...]:
+    """Weights, constants and context of a layer, no adapters, no tap."""
+    model, docs = random_model(b), mix_docs(b)
     w = train_gpt.LayerWeights(*(None if t is None else t.detach().requires_grad_() for t in model.layers()[layer]))
     rope = train_gpt.rotary_tables(b.cfg, b.cfg.micro_batch_tokens, False, b.device, b.run.dtype)
     context = train_gpt.Context(rope, docs, b.kernels.attention)
@@ -369,12 +368,15 @@ def block_inputs(b: Bench) -> tuple[Any, ...]:
 
 
 def block_case(b: Bench, lanes: int) -> Case:
-    """One visit: 9 streams forward and 15 backward that no order of work avoids, and the hidden tensors of the MLP."""
+    """One visit in the middle (two lanes: at the end): 9 streams forward and 15 backward that no order of work avoids,
+    and the hidden tensors of the MLP.
+    """
     flops, hidden = block_flops(b), 2 * b.cfg.hidden_dim / b.cfg.model_dim
     n_bytes = stream_bytes(b)
     forward = Cost(sum(flops), (9 + hidden) * n_bytes)
     backward = Cost(2 * flops.matrices + 2.5 * flops.attention, (15 + 2 * hidden) * n_bytes)
-    return Case((*streams(b, lanes + 1), *block_inputs(b)), forward, backward)
+    layer = b.cfg.num_layers // 2 if lanes == 1 else b.cfg.num_layers - 1
+    return Case((*streams(b, lanes + 1), *block_inputs(b, layer)), forward, backward)
 
 
 def serial_case(b: Bench) -> Case:
@@ -387,8 +389,8 @@ def two_lane_case(b: Bench) -> Case:
 
 def merge_case(b: Bench) -> Case:
     x, kept = streams(b, 2)
-    weight, gate = b.random(b.cfg.model_dim), b.random(b.cfg.model_dim)
-    return Case((x, kept, weight, gate), Cost(0, 3 * stream_bytes(b)), Cost(0, 5 * stream_bytes(b)))
+    weights = torch.randn(2, b.cfg.model_dim, device=b.device, requires_grad=True)
+    return Case((x, kept, weights), Cost(0, 3 * stream_bytes(b)), Cost(0, 5 * stream_bytes(b)))
 
 
 def mean_norm_case(b: Bench) -> Case:
