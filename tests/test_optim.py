@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -384,6 +385,34 @@ def test_a_train_step_is_the_gradient_of_the_mean_loss(dataset: Path) -> None:
     optimizer.update(1.0, 0.9)
     moved = max((a - b).abs().max().item() for a, b in zip(model.parameters(), twin.parameters(), strict=True))
     assert moved < 2e-3
+
+
+class Replayed(train_gpt.GraphedMicroBatch):
+    """A graph played on the CPU: a replay writes the loss and the gradients to the same memory each time."""
+
+    def record(self, batch: tuple[Tensor, Tensor, train_gpt.Docs], tensors: Sequence[Tensor]) -> None:
+        self.inputs, self.graph, self.loss = [t.clone() for t in tensors], self, torch.zeros(())
+        self.docs, self.grads = batch[2], {p: torch.zeros_like(p) for p in self.model.parameters()}
+
+    def replay(self) -> None:
+        tokens, targets, ends = self.inputs
+        loss = self.model(tokens, targets, docs=self.docs._replace(cu_seqlens=ends)) / train_gpt.MICRO_STEPS
+        self.loss.copy_(loss.detach())
+        for mine, grad in zip(self.grads.values(), torch.autograd.grad(loss, list(self.grads)), strict=True):
+            mine.copy_(grad)
+
+
+def test_gradients_of_a_graph_add_up_as_without_one(dataset: Path) -> None:
+    results = []
+    for kind in (train_gpt.MicroBatch, Replayed):
+        cfg, run, model = tiny_config(data_path=dataset), LoneRun(), tiny_model()
+        optimizer, loader, work = Optimizer(model, cfg, run), train_gpt.TrainLoader(cfg, run), kind(model)
+        losses = []
+        for model.looped in (0, 0, 1):  # a graph of each loop mode; the second step has all its gradients from a graph
+            losses.append(train_gpt.train_step(work, optimizer, loader, 1.0, 0.9).item())
+        loader.close()
+        results.append((losses, snapshot(model.state_dict())))
+    assert equal(*results)
 
 
 def test_training_lowers_the_loss() -> None:
