@@ -1683,9 +1683,9 @@ def down_leaky(
 # 0.302 ms, queries, keys and values 0.096 instead of 0.169. A micro-batch on an H100 takes 70.48 instead of 72.06 ms,
 # with the loop 106.1 instead of 108.1. But 300 steps end 1.0 mb worse, and the time saved is worth 0.4: off by default.
 # Backward, for the gradient of W_up's input: 0.159 instead of 0.294 ms on an H100, but 0.09 more for the kernel before,
-# which writes that of W_up's output in 8 bits beside 16: 1 % of a micro-batch (H200, 68.1 -> 67.5 ms), its score not yet
-# measured. Gradients are small, and it is known by how much: times the tokens of a step, these reach 4 after 1,500
-# steps; the root of their mean square is 0.006 to 0.04.
+# which writes that of W_up's output in 8 bits beside 16: 1 % of a micro-batch (H200, 68.1 -> 67.5 ms), and what it does
+# to the score is not measured yet. Gradients are small, and it is known by how much: times the tokens of a step, these
+# reach 4 after 1,500 steps; the root of their mean square is 0.006 to 0.04.
 FLOAT8, FLOAT8_MAX = torch.float8_e4m3fn, 448.0
 
 
@@ -1775,7 +1775,7 @@ if triton is not None:
         x_ptr, x0_ptr, mix_ptr, u_ptr, n_ptr, n8_ptr, rstd_ptr, scale, scale8, eps, M, D,
         ROWS: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip  # noqa: PLR0913
-        """u = mix0 x + mix1 x0 (x alone without x0), rstd = 1 / rms(u), n = scale u rstd, n8 = scale8 u rstd."""
+        """u = mix0 x + mix1 x0 (x alone without x0); n = scale u rstd, rstd = 1 / rms(u); n8 = scale8 u rstd."""
         row, col = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK)
         inside = (row[:, None] < M) & (col[None, :] < D)
         at = row[:, None].to(tl.int64) * D + col[None, :]
@@ -1784,12 +1784,13 @@ if triton is not None:
             m0 = tl.load(mix_ptr + col, mask=col < D, other=0.0).to(tl.float32)
             m1 = tl.load(mix_ptr + D + col, mask=col < D, other=0.0).to(tl.float32)
             u = m0[None, :] * u + m1[None, :] * stream(x0_ptr, at, inside)
-            u = u.to(n_ptr.dtype.element_ty).to(tl.float32)  # the norm is that of the sum as it is stored
+            u = u.to(x_ptr.dtype.element_ty).to(tl.float32)  # the norm is that of the sum as it is stored
         if u_ptr is not None:
             tl.store(u_ptr + at, u.to(u_ptr.dtype.element_ty), mask=inside)
-        rstd = 1.0 / tl.sqrt(tl.sum(u * u, 1) / D + eps)
-        tl.store(rstd_ptr + row, rstd, mask=row < M)
-        tl.store(n_ptr + at, (u * rstd[:, None] * scale).to(n_ptr.dtype.element_ty), mask=inside)
+        if n_ptr is not None:
+            rstd = 1.0 / tl.sqrt(tl.sum(u * u, 1) / D + eps)
+            tl.store(rstd_ptr + row, rstd, mask=row < M)
+            tl.store(n_ptr + at, (u * rstd[:, None] * scale).to(n_ptr.dtype.element_ty), mask=inside)
         if n8_ptr is not None:
             tl.store(n8_ptr + at, (u * rstd[:, None] * scale8).to(n8_ptr.dtype.element_ty), mask=inside)
 
@@ -1801,7 +1802,8 @@ if triton is not None:
         """du = g + norm's gradient; dx = mix0 du (without a mix: factor du) + keep carry; dx0 = g0 + mix1 du.
 
         dmix: sums over rows of du x and du x0.
-        g, carry (gradients that reach u and x past the norm), keep (their factor, 1 without) and g0 may be absent.
+        g, carry (gradients that reach u and x past the norm), keep (their factor, 1 without) and g0 may be absent, and
+        the norm with dn.
         """
         col = tl.arange(0, BLOCK)
         if mix_ptr is not None:
@@ -1812,17 +1814,20 @@ if triton is not None:
             row = block * ROWS + tl.arange(0, ROWS)
             inside = (row[:, None] < M) & (col[None, :] < D)
             at = row[:, None].to(tl.int64) * D + col[None, :]
-            dn = stream(dn_ptr, at, inside)
-            rstd = tl.load(rstd_ptr + row, mask=row < M, other=0.0)
-            kind = n_ptr.dtype.element_ty
+            du = stream(g_ptr, at, inside)
             if dmix_ptr is not None:
                 x, x0 = stream(x_ptr, at, inside), stream(x0_ptr, at, inside)
-                u = (m0[None, :] * x + m1[None, :] * x0).to(kind).to(tl.float32)
-                n = (u * rstd[:, None] * scale).to(kind).to(tl.float32)  # as forward made it: one stream less to read
-            else:
-                n = stream(n_ptr, at, inside)
-            along = tl.sum(dn * n, 1) / (D * scale * scale)
-            du = rstd[:, None] * scale * (dn - n * along[:, None]) + stream(g_ptr, at, inside)
+            if dn_ptr is not None:
+                dn = stream(dn_ptr, at, inside)
+                rstd = tl.load(rstd_ptr + row, mask=row < M, other=0.0)
+                kind = n_ptr.dtype.element_ty
+                if dmix_ptr is not None:
+                    u = (m0[None, :] * x + m1[None, :] * x0).to(kind).to(tl.float32)
+                    n = (u * rstd[:, None] * scale).to(kind).to(tl.float32)  # as forward made it: a stream less to read
+                else:
+                    n = stream(n_ptr, at, inside)
+                along = tl.sum(dn * n, 1) / (D * scale * scale)
+                du += rstd[:, None] * scale * (dn - n * along[:, None])
             dx = factor * du
             if dmix_ptr is not None:
                 sum0 += du * x
@@ -1832,11 +1837,10 @@ if triton is not None:
                 if dx0_ptr is not None:
                     dx0 = m1[None, :] * du + stream(g0_ptr, at, inside)
                     tl.store(dx0_ptr + at, dx0.to(dx0_ptr.dtype.element_ty), mask=inside)
-            if carry_ptr is not None:
-                carry = stream(carry_ptr, at, inside)
-                if keep_ptr is not None:
-                    carry *= tl.load(keep_ptr).to(tl.float32)
-                dx += carry
+            carry = stream(carry_ptr, at, inside)
+            if keep_ptr is not None:
+                carry *= tl.load(keep_ptr).to(tl.float32)
+            dx += carry
             if dx_ptr is not None:
                 tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=inside)
         if dmix_ptr is not None:
@@ -1898,46 +1902,6 @@ if triton is not None:
         tl.store(out + 4, tl.sum(post10, 0))
         tl.store(out + 5, tl.sum(post11, 0))
 
-    @triton.jit
-    def merge_kernel(  # noqa: PLR0913
-        x_ptr, kept_ptr, weights_ptr, out_ptr, M, D, ROWS: tl.constexpr, BLOCK: tl.constexpr
-    ):  # noqa: PLR0913
-        """`mix` of the stream and a kept output."""
-        row, col = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK)
-        inside = (row[:, None] < M) & (col[None, :] < D)
-        at = row[:, None].to(tl.int64) * D + col[None, :]
-        of_x = tl.load(weights_ptr + col, mask=col < D, other=0.0).to(tl.float32)
-        of_kept = tl.load(weights_ptr + D + col, mask=col < D, other=0.0).to(tl.float32)
-        out = of_x[None, :] * stream(x_ptr, at, inside) + of_kept[None, :] * stream(kept_ptr, at, inside)
-        tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=inside)
-
-    @triton.jit
-    def merge_backward_kernel(  # noqa: PLR0913
-        g_ptr, x_ptr, kept_ptr, weights_ptr, dx_ptr, dkept_ptr, sums_ptr, M, D,
-        ROWS: tl.constexpr, BLOCK: tl.constexpr,
-    ):  # fmt: skip  # noqa: PLR0913
-        """dx, dkept (in dx where x itself was kept), and per program the sums over rows of g x and g kept."""
-        col = tl.arange(0, BLOCK)
-        of_x = tl.load(weights_ptr + col, mask=col < D, other=0.0).to(tl.float32)
-        of_kept = tl.load(weights_ptr + D + col, mask=col < D, other=0.0).to(tl.float32)
-        sum_x, sum_kept = tl.zeros((ROWS, BLOCK), tl.float32), tl.zeros((ROWS, BLOCK), tl.float32)
-        for block in range(tl.program_id(0), tl.cdiv(M, ROWS), tl.num_programs(0)):
-            row = block * ROWS + tl.arange(0, ROWS)
-            inside = (row[:, None] < M) & (col[None, :] < D)
-            at = row[:, None].to(tl.int64) * D + col[None, :]
-            g = stream(g_ptr, at, inside)
-            sum_x += g * stream(x_ptr, at, inside)
-            sum_kept += g * stream(kept_ptr, at, inside)
-            dx, dkept = of_x[None, :] * g, of_kept[None, :] * g
-            if dkept_ptr is None:
-                dx += dkept
-            else:
-                tl.store(dkept_ptr + at, dkept.to(dkept_ptr.dtype.element_ty), mask=inside)
-            tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=inside)
-        out = sums_ptr + tl.program_id(0) * 2 * D + col
-        tl.store(out, tl.sum(sum_x, 0), mask=col < D)
-        tl.store(out + D, tl.sum(sum_kept, 0), mask=col < D)
-
 
 def _walkers(x: Tensor) -> int:
     """Programs of a kernel that walks over all rows: enough to fill the device, few enough to sum up cheaply."""
@@ -1966,6 +1930,15 @@ def mix_norm_forward(
     return u, n, rstd
 
 
+def mix_forward(x: Tensor, x0: Tensor, mix: Tensor) -> Tensor:
+    """`mix` alone: reads two streams, writes one."""
+    u, rows, tile = torch.empty_like(x), x.numel() // x.size(-1), _row_tile(x.size(-1))
+    mix_norm_kernel[(triton.cdiv(rows, tile["ROWS"]),)](
+        x, x0, mix, u, None, None, None, 1.0, 1.0, RMS_EPS, rows, x.size(-1), **tile
+    )
+    return u
+
+
 class NormGradients(NamedTuple):
     """What may flow into the backward pass of `mix_norm_forward` beside the gradient of n."""
 
@@ -1976,17 +1949,22 @@ class NormGradients(NamedTuple):
 
 
 def mix_norm_backward(  # noqa: PLR0913
-    dn: Tensor, n: Tensor, rstd: Tensor, scale: float, more: NormGradients, mix: Tensor | None = None,
-    factor: float = 1.0, inputs: tuple[Tensor, Tensor] | None = None, want: tuple[bool, bool] = (True, False),
+    dn: Tensor | None, n: Tensor | None, rstd: Tensor | None, scale: float, more: NormGradients,
+    mix: Tensor | None = None, factor: float = 1.0, inputs: tuple[Tensor, Tensor] | None = None,
+    want: tuple[bool, bool] = (True, False),
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip  # noqa: PLR0913
-    """-> dx, dx0 (those that `want` asks for), and dmix where the inputs (x, x0) of the mix are given."""
-    d = n.size(-1)
-    dx, dx0 = (torch.empty_like(n) if w else None for w in want)
-    programs, tile = min(_walkers(n), len(rstd)), _row_tile(d)
+    """-> dx, dx0 (those that `want` asks for), and dmix where the inputs (x, x0) of the mix are given.
+
+    Without a norm (dn, n and rstd are None then) what comes back is the gradient g of u.
+    """
+    like = more.g if n is None else n
+    d, rows = like.size(-1), like.numel() // like.size(-1)
+    dx, dx0 = (torch.empty_like(like) if w else None for w in want)
+    programs, tile = min(_walkers(like), rows), _row_tile(d)
     x, x0 = inputs or (None, None)
-    sums = n.new_empty(programs, 2, d, dtype=torch.float32) if inputs else None
+    sums = like.new_empty(programs, 2, d, dtype=torch.float32) if inputs else None
     mix_norm_backward_kernel[(programs,)](
-        more.g, dn, n, rstd, x, x0, mix, more.carry, more.keep, more.g0, dx, dx0, sums, scale, factor, len(rstd), d,
+        more.g, dn, n, rstd, x, x0, mix, more.carry, more.keep, more.g0, dx, dx0, sums, scale, factor, rows, d,
         **tile,
     )  # fmt: skip
     return dx, dx0, sums.sum(0) if inputs else None
@@ -2015,23 +1993,17 @@ class FusedMerge(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, kept, weights):
-        out, tile, rows = torch.empty_like(x), _row_tile(x.size(-1)), x.numel() // x.size(-1)
-        merge_kernel[(triton.cdiv(rows, tile["ROWS"]),)](x, kept, weights, out, rows, x.size(-1), **tile)
         ctx.save_for_backward(x, kept, weights)
         ctx.same = x is kept  # the innermost skip
-        return out
+        return mix_forward(x, kept, weights)
 
     @staticmethod
     def backward(ctx, grad):
         x, kept, weights = ctx.saved_tensors
-        d, dx, dkept = x.size(-1), torch.empty_like(x), None if ctx.same else torch.empty_like(x)
-        rows = x.numel() // d
-        programs = min(_walkers(x), rows)
-        sums = x.new_empty(programs, 2, d, dtype=torch.float32)
-        merge_backward_kernel[(programs,)](
-            grad.contiguous(), x, kept, weights, dx, dkept, sums, rows, d, **_row_tile(d)
-        )
-        return dx, dkept, sums.sum(0)
+        if ctx.same:  # all of the gradient in that of x
+            weights = torch.stack((weights.sum(0), weights[1]))
+        more, want = NormGradients(g=grad.contiguous()), (True, not ctx.same)
+        return mix_norm_backward(None, None, None, 1.0, more, weights, inputs=(x, kept), want=want)
 
 
 def lanes_forward(x: Tensor, lane: Tensor, a: Tensor, b: Tensor, keep: Tensor, post: Tensor) -> tuple[Tensor, Tensor]:
