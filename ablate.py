@@ -9,7 +9,7 @@ MAX_WALLCLOCK_SECONDS is 0 here. Besides the knobs this program reads
     SEEDS="42 0"       seeds that every setting runs with
     NPROC=1            processes of a run, started by torchrun if there are several
     GPUS="0 0 1 1"     runs go on side by side, here two on each of two GPUs; with NPROC=2 it reads "0,1 2,3". Without
-                       it one run follows another
+                       it one run follows another. Times of runs that share a GPU say nothing
     OUT=runs/ablate    folder of the runs, their output and table.md
 
 A run that has a result stays while its settings and the program are the same; every other one starts anew. A setting
@@ -27,6 +27,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -46,6 +47,10 @@ QUANTIZING = (
     "MLP_CLIP_", "ATTN_CLIP_", "SCALE_BITS", "GATED_ATTN_QUANT_", "SPINQUANT_",
 )  # fmt: skip
 OURS = ("SEED", "RUN_DIR", "RUN_ID", "ARTIFACT_DIR", "FROM_STAGE", "RESUME", "EVAL_ONLY_ARTIFACT", "PRESET")
+MADE_BEFORE = {  # first stage -> results of the baseline that a run shares
+    "train": (), "calibrate": ("bpb_float", "train_seconds"),
+    "evaluate": ("bpb_float", "train_seconds", "bpb_quantized", "total_bytes"),
+}  # fmt: skip
 PLACES = {name.lower() for name in OURS} - {"seed"}  # of a run; they change no number
 
 STAGES = {  # result -> its column, and how a difference is written
@@ -175,7 +180,8 @@ class Runner:
         self.configs = resolved(settings, self.env)
         self.program = hashlib.sha256(PROGRAM.read_bytes()).hexdigest()
         self.results: dict[str, dict[int, dict[str, Any]]] = {s.name: {} for s in settings}
-        self.lanes, self.running, self.stopped = queue.SimpleQueue[str](), set[subprocess.Popen](), False
+        self.lanes, self.running = queue.SimpleQueue[str](), set[subprocess.Popen]()
+        self.stopped, self.lock = False, threading.Lock()
         for lane in lanes:
             self.lanes.put(lane)
         if len(lanes) > 1:
@@ -190,9 +196,10 @@ class Runner:
         try:
             if baseline:
                 baseline.result()
-            identity = {"config": {k: v for k, v in config.items() if k not in PLACES} | {"seed": seed},
-                        "processes": self.nproc, "program": self.program}  # fmt: skip
             base = self.results[BASELINE].get(seed, {})
+            identity = {"config": {k: v for k, v in config.items() if k not in PLACES} | {"seed": seed},
+                        "processes": self.nproc, "threads": self.env.get("OMP_NUM_THREADS"), "program": self.program,
+                        "from": self.starts_from(setting, seed)}  # fmt: skip
             if setting.first_stage != "train" and not base:
                 return "skipped: the baseline has no result"
             began, result = time.monotonic(), finished(folder, identity)
@@ -207,12 +214,19 @@ class Runner:
                 return f"FAILED with code {code}: {last_line(text)} (all of it: {folder / 'output.txt'})"
         finally:
             self.lanes.put(lane)
-        # What comes before its first stage, a run shares with the baseline.
-        self.results[setting.name][seed] = (base if setting.first_stage != "train" else {}) | result
+        self.results[setting.name][seed] = {k: base[k] for k in MADE_BEFORE[setting.first_stage] if k in base} | result
         scores = " ".join(
             f"{name.removeprefix('bpb_')} {result[name]:.5f}" for name in STAGES if name[:3] == "bpb" and name in result
         )
         return f"{scores} ({time.monotonic() - began:.0f}s)"
+
+    def starts_from(self, setting: Setting, seed: int) -> str | None:
+        """Hash of what a run takes from the baseline: one of another baseline is another run."""
+        path = Setting(BASELINE, {}).folder(self.out, seed) / {"calibrate": WEIGHTS}.get(setting.first_stage, ARTIFACT)
+        if setting.first_stage == "train" or not path.exists():
+            return None
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
 
     def environment(self, setting: Setting, seed: int, lane: str) -> dict[str, str]:
         """Of the process. A run that starts from the baseline's float weights finds them in its folder."""
@@ -230,21 +244,25 @@ class Runner:
         return env
 
     def launch(self, env: Mapping[str, str], output: Path) -> int:
-        if self.stopped:
-            return -signal.SIGTERM
         many = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={self.nproc}"]
         command = [sys.executable, *(many if self.nproc > 1 else []), str(PROGRAM)]
-        with open(output, "wb") as file, subprocess.Popen(command, env=env, stdout=file, stderr=file) as process:
-            self.running.add(process)
+        with open(output, "wb") as file:
+            with self.lock:  # none begins once all were told to end
+                if self.stopped:
+                    return -signal.SIGTERM
+                process = subprocess.Popen(command, env=env, stdout=file, stderr=file)
+                self.running.add(process)
             code = process.wait()
+        with self.lock:
             self.running.discard(process)
-            return code
+        return code
 
     def stop(self) -> None:
         """Ends what is running: nothing survives an interruption."""
-        self.stopped = True
-        for process in list(self.running):
-            process.terminate()
+        with self.lock:
+            self.stopped = True
+            for process in self.running:
+                process.terminate()
 
 
 # ---- Table -----------------------------------------------------------------------------------------------------------
@@ -303,7 +321,8 @@ def run_all(settings: Sequence[Setting], seeds: Sequence[int], runner: Runner, n
                 baselines[seed] = futures[-1]
         for future in futures:
             future.result()
-            (runner.out / "table.md").write_text(table(settings, runner.results))
+            so_far = {name: dict(by_seed) for name, by_seed in runner.results.items()}
+            (runner.out / "table.md").write_text(table(settings, so_far))
     except BaseException:
         pool.shutdown(wait=False, cancel_futures=True)
         runner.stop()

@@ -866,8 +866,9 @@ def environment_problems(cfg: Config, run: Run) -> Iterator[str]:
         yield f"{cfg.fp8}=1 needs a Hopper GPU or a later one, and triton: set it to 0"
     if run.device.type == "cuda":
         free, total = torch.cuda.mem_get_info()
-        if free < 0.8 * total:
-            yield f"another process holds {(total - free) >> 20} MiB of this GPU: end it first"
+        if cfg.max_wallclock_seconds > 0 and free < 0.8 * total:
+            remedy = "end it first, or set MAX_WALLCLOCK_SECONDS=0 where time does not count"
+            yield f"another process holds {(total - free) >> 20} MiB of this GPU: {remedy}"
 
 
 def estimated_parameters(cfg: Config) -> int:
@@ -1755,6 +1756,7 @@ def mean_norm(x: Tensor, lane: Tensor | None = None) -> Tensor:
 
 def update_lanes(x: Tensor, lane: Tensor, a: Tensor, b: Tensor, keep: Tensor, post: Tensor) -> tuple[Tensor, Tensor]:
     """Both lanes keep a part of themselves (keep (2,)) and take what attention and MLP made (post (2, 2): from, to)."""
+    keep, post = keep[..., None], post[..., None]  # with a dimension float32 stays float32 beside bfloat16
     lanes = keep[0] * x + post[0, 0] * a + post[1, 0] * b, keep[1] * lane + post[0, 1] * a + post[1, 1] * b
     return lanes[0].to(x.dtype), lanes[1].to(x.dtype)
 
@@ -3434,7 +3436,7 @@ class GPT(nn.Module):
     def layers(self) -> list[LayerWeights]:
         """The weights of each layer, cast and joined once per forward pass; every gradient is gathered once."""
         n, dtype = self.cfg.num_layers, self.dtype
-        lanes_from = self.cfg.parallel_start_layer or n
+        lanes_from = min(self.cfg.parallel_start_layer, n) if self.cfg.parallel_start_layer > 0 else n
 
         def stack(name: str) -> Tensor:
             return torch.stack([b.get_parameter(name) for b in self.blocks])
@@ -5970,6 +5972,7 @@ def adapt_base(model: GPT, val: ValidationSet, scored: Sequence[Document], cfg: 
                 loss = base_loss(model, text[a : min(a + share, span.stop) + 1], share, cfg, run) / len(span)
                 # None where a switch acts in repeated visits that this model does not make
                 grads = torch.autograd.grad(loss, params, allow_unused=True)
+                grads = [None if g is None else g.contiguous() for g in grads]  # for the sum over ranks
                 seen += loss.detach()
                 for i, grad in enumerate(grads):
                     if grad is not None:

@@ -358,25 +358,25 @@ def block_flops(b: Bench) -> Products:
     return Products(2 * cfg.micro_batch_tokens * cfg.model_dim * width, 4 * cfg.model_dim * pairs)
 
 
-def block_inputs(b: Bench, layer: int) -> tuple[Any, ...]:
-    """Weights, constants and context of a layer, no adapters, no tap."""
-    model, docs = random_model(b), mix_docs(b)
-    w = train_gpt.LayerWeights(*(None if t is None else t.detach().requires_grad_() for t in model.layers()[layer]))
+def block_inputs(b: Bench) -> tuple[Any, ...]:
+    """Weights, constants and context of a layer in the middle of the model, with lanes, no adapters, no tap."""
+    model, docs, layer = random_model(b), mix_docs(b), b.cfg.num_layers // 2
+    w = model.layers()[layer]._replace(
+        post=model.parallel_post_lambdas[layer], keep=model.parallel_resid_lambdas[layer]
+    )
+    w = train_gpt.LayerWeights(*(t.detach().requires_grad_() for t in w))
     rope = train_gpt.rotary_tables(b.cfg, b.cfg.micro_batch_tokens, False, b.device, b.run.dtype)
     context = train_gpt.Context(rope, docs, b.kernels.attention)
     return w, model.layer_constants[layer], context, train_gpt.NO_DELTAS, None
 
 
 def block_case(b: Bench, lanes: int) -> Case:
-    """One visit in the middle (two lanes: at the end): 9 streams forward and 15 backward that no order of work avoids,
-    and the hidden tensors of the MLP.
-    """
+    """One visit: 9 streams forward and 15 backward that no order of work avoids, and the hidden tensors of the MLP."""
     flops, hidden = block_flops(b), 2 * b.cfg.hidden_dim / b.cfg.model_dim
     n_bytes = stream_bytes(b)
     forward = Cost(sum(flops), (9 + hidden) * n_bytes)
     backward = Cost(2 * flops.matrices + 2.5 * flops.attention, (15 + 2 * hidden) * n_bytes)
-    layer = b.cfg.num_layers // 2 if lanes == 1 else b.cfg.num_layers - 1
-    return Case((*streams(b, lanes + 1), *block_inputs(b, layer)), forward, backward)
+    return Case((*streams(b, lanes + 1), *block_inputs(b)), forward, backward)
 
 
 def serial_case(b: Bench) -> Case:

@@ -39,7 +39,9 @@ class Config:
     meet: int = 0
     sleep: int = 0
     scale_bits: int = 4
+    ttt_enabled: int = 1
     from_stage: str = ""
+    hotstart_fp_ckpt: str = ""
     eval_only_artifact: str = ""
 
 def load_config(env):
@@ -54,8 +56,14 @@ if __name__ == "__main__":
     with open(folder.parents[1] / "ran.txt", "a") as f:
         print(f"{folder.parent.name} {c.seed} {c.eval_only_artifact}{c.from_stage}", file=f)
     (folder / "gpus.txt").write_text(os.environ.get("CUDA_VISIBLE_DEVICES", "none"))
+    (folder / "threads.txt").write_text(os.environ.get("OMP_NUM_THREADS", "none"))
+    if c.eval_only_artifact and c.hotstart_fp_ckpt:
+        sys.exit("an artifact and a checkpoint")
+    began = time.monotonic()
     while len(list(folder.parents[1].glob("*/*/gpus.txt"))) < c.meet:
         time.sleep(0.01)
+        if time.monotonic() - began > 30:
+            sys.exit("the others did not come")
     time.sleep(c.sleep)
     if c.die:
         print("some line")
@@ -67,10 +75,13 @@ if __name__ == "__main__":
     if scored:
         artifact = float(Path(scored).read_text())
     else:
-        if not c.from_stage:
-            weights.write_text(str(2 + c.seed / 100 + c.muon_wd * (1 + c.seed / 1000)))
-        artifact = float(weights.read_text()) + (4 - c.scale_bits) / 100
-    result = dict(bpb_quantized=artifact, bpb_ttt=artifact - c.ttt_lora_lr / 10, ttt_seconds=1.5)
+        trained = 2 + c.seed / 100 + c.muon_wd * (1 + c.seed / 1000)
+        if not c.from_stage and not c.hotstart_fp_ckpt:
+            weights.write_text(str(trained))
+        artifact = (float(weights.read_text()) if c.from_stage else trained) + (4 - c.scale_bits) / 100
+    result = dict(bpb_quantized=artifact)
+    if c.ttt_enabled:
+        result.update(bpb_ttt=artifact - c.ttt_lora_lr / 10, ttt_seconds=1.5)
     if not scored:
         (folder / "final_model.int6.ptz").write_text(str(artifact))
         result.update(total_bytes=1000 * int(c.muon_wd), train_seconds=2.0)
@@ -151,6 +162,46 @@ def test_what_quantization_reads_starts_from_the_baselines_weights(run: Run, tmp
     assert not (tmp_path / "out" / "MUON_WD=2" / "seed7" / "01_weights.pt").is_symlink()
 
 
+@pytest.mark.parametrize("setting", ["TTT_ENABLED=0", "SCALE_BITS=6,TTT_ENABLED=0", "MUON_WD=1,TTT_ENABLED=0"])
+def test_what_a_setting_does_not_measure_is_not_the_baselines(run: Run, tmp_path: Path, setting: str) -> None:
+    assert run(setting, SEEDS=7) == 0
+    row = cells(tmp_path)[setting]
+    assert (row["float bpb"], row["bpb after TTT"], row["TTT s"]) == ("same", "-", "-")
+
+
+def test_a_run_from_another_baseline_is_another_run(run: Run, tmp_path: Path) -> None:
+    settings = "TTT_LORA_LR=2 SCALE_BITS=6 MUON_WD=2"
+    assert run(settings, SEEDS=7) == 0
+    ran(tmp_path)
+    folder = tmp_path / "out" / "baseline" / "seed7"
+    (folder / "run.json").unlink()
+    assert run(settings, SEEDS=7) == 0
+    assert ran(tmp_path) == ["baseline 7"], "the same weights and the same artifact, as the stand-in makes them"
+    for name in ("01_weights.pt", "final_model.int6.ptz"):  # as a GPU may make them
+        (folder / name).write_text("3.5")
+    assert run(settings, SEEDS=7) == 0
+    assert ran(tmp_path) == ["TTT_LORA_LR=2 7", "SCALE_BITS=6 7"]
+
+
+def test_scoring_an_artifact_forgets_the_checkpoint_of_the_baseline(run: Run, tmp_path: Path) -> None:
+    assert run("TTT_LORA_LR=2 SCALE_BITS=6", SEEDS=7, HOTSTART_FP_CKPT="weights.pt") == 0
+    lines = (tmp_path / "out" / "ran.txt").read_text().splitlines()
+    assert [line.split()[0] for line in lines] == ["baseline", "TTT_LORA_LR=2", "SCALE_BITS=6"]
+    assert lines[2].endswith("SCALE_BITS=6 7 "), (
+        "quantized from the checkpoint again: such a baseline leaves no weights"
+    )
+
+
+def test_threads_are_shared_by_what_runs_at_once(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ablate.os, "cpu_count", lambda: 12)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert run("MUON_WD=2", SEEDS=7, GPUS="0 1 2") == 0
+    assert (tmp_path / "out" / "MUON_WD=2" / "seed7" / "threads.txt").read_text() == "4"
+    ran(tmp_path)
+    assert run("MUON_WD=2", SEEDS=7, OMP_NUM_THREADS=2) == 0
+    assert ran(tmp_path) == ["baseline 7", "MUON_WD=2 7"], "another number of threads is another run"
+
+
 def test_runs_go_on_side_by_side_each_on_its_gpus(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Every run waits until four are there; what starts from a baseline waits for that."""
     assert run("MUON_WD=2 TTT_LORA_LR=2", SEEDS="1 2", GPUS="0 0 3 5", MEET=4) == 0
@@ -168,7 +219,9 @@ def test_an_interruption_ends_what_is_running(run: Run, tmp_path: Path, capsys: 
         os.kill(os.getpid(), signal.SIGINT)
 
     threading.Thread(target=interrupt).start()
-    assert run("MUON_WD=2 MUON_WD=3", GPUS="0 1", SLEEP=600) == 130
+    began = time.monotonic()
+    assert run("MUON_WD=2 MUON_WD=3", GPUS="0 1", SLEEP=60) == 130
+    assert time.monotonic() - began < 50, "they were told to end"
     assert "interrupted" in capsys.readouterr().out
     assert ran(tmp_path) in (["baseline 1", "MUON_WD=2 1"], ["MUON_WD=2 1", "baseline 1"])
 

@@ -8,6 +8,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+import torch
 from support import ROOT, LoneRun, tiny_config
 
 import train_gpt
@@ -212,6 +213,15 @@ def test_8_bits_are_refused_where_the_machine_lacks_them(tmp_path: Path) -> None
     for knob in ("fp8_forward", "fp8_backward"):
         (line,) = (p for p in train_gpt.environment_problems(tiny_config(**{knob: True}), run) if "FP8" in p)
         assert "Hopper" in line and knob.upper() in line
+
+
+def test_a_gpu_in_use_is_refused_where_time_counts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Runs without a clock may share one: there `GPUS` of ablate.py lets several go on side by side."""
+    run = LoneRun(tmp_path, device=torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (60 << 30, 80 << 30))
+    (line,) = (p for p in train_gpt.environment_problems(tiny_config(max_wallclock_seconds=600), run) if "GPU" in p)
+    assert line.startswith("another process holds 20480 MiB of this GPU: end it first, or set MAX_WALLCLOCK_SECONDS=0")
+    assert not [p for p in train_gpt.environment_problems(tiny_config(max_wallclock_seconds=0), run) if "GPU" in p]
 
 
 @pytest.mark.parametrize("text", ["nan", "inf", "-inf"])

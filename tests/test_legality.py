@@ -324,6 +324,15 @@ def test_c4_every_token_once(witness: Witness, text: str, world: int) -> None:
     assert witness.faults == []
 
 
+@pytest.mark.parametrize("changes", [{}, dict(skip_gates_enabled=False)], ids=["gated skips", "added skips"])
+def test_c4_base_learning_sums_the_same_gradients_on_ranks(changes: dict[str, Any]) -> None:
+    """`ThreadRun.sum` takes, as NCCL does, no tensor with holes."""
+    tokens = documents(LENGTHS)
+    alone = score(tokens, **changes)
+    for total in on_all_ranks(tokens, 2, **changes):
+        assert total.nats.item() == pytest.approx(alone.nats.item(), rel=1e-5)
+
+
 @pytest.mark.parametrize("world", [2, 4])
 def test_c4_plain_evaluation_for_any_number_of_ranks(world: int) -> None:
     model, val = tiny_model(), validation(documents((30, 9, 2, 17, 1, 44)))

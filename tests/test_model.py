@@ -32,6 +32,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "narrow gate on queries": dict(attn_out_gate_enabled=True, attn_out_gate_src="q", gated_attn_enabled=False),
     "plain skips": dict(skip_gates_enabled=False, ln_scale=False),
     "no lanes": dict(parallel_start_layer=0),
+    "lanes from beyond the model": dict(parallel_start_layer=8),
+    "lanes from nowhere": dict(parallel_start_layer=-2),
     "attention lane": dict(parallel_final_lane="attn", xsa_last_n=2),
     "mlp lane": dict(parallel_final_lane="mlp", xsa_last_n=0),
     "stretched rotation": dict(rope_yarn=True, train_seq_len=8, rope_dims=8),
@@ -53,6 +55,24 @@ def test_logits_are_those_of_the_slow_model(name: str, looped: bool) -> None:
         dense, separate = model(tokens), model(tokens, docs=packed(lengths))
     assert relative_error(dense[0], slow.logits(tokens[0].tolist())) < 1e-5
     assert relative_error(separate[0], slow.logits(tokens[0].tolist(), pieces)) < 1e-5
+
+
+def test_vectors_of_layers_are_not_rounded() -> None:
+    """A bfloat16 model has them in float32, and a product with a stream is rounded once."""
+    model = GPT(tiny_config(), dtype=torch.bfloat16).place(torch.device("cpu"))
+    for w in model.layers():
+        vectors = [t for t in (w.mix, w.q_gain, w.post, w.keep) if t is not None]
+        assert {t.dtype for t in vectors} == {torch.float32}
+        assert {t.dtype for t in (w.qkv, w.wo, w.up, w.down)} == {torch.bfloat16}
+    assert {t.dtype for t in model.skip_mixes()} == {torch.float32}
+    x, lane, a, b = torch.randn(4, 1, 9, 32).bfloat16()
+    keep, post = torch.randn(2), torch.randn(2, 2)
+    exact = train_gpt.update_lanes(*(t.float() for t in (x, lane, a, b)), keep, post)
+    for ours, want in zip(train_gpt.update_lanes(x, lane, a, b, keep, post), exact, strict=True):
+        assert torch.equal(ours, want.bfloat16())
+    assert torch.equal(
+        train_gpt.mix(x, a, keep[:, None]), train_gpt.mix(x.float(), a.float(), keep[:, None]).bfloat16()
+    )
 
 
 def test_loss_is_the_cross_entropy_of_the_logits() -> None:

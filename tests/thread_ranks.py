@@ -70,6 +70,7 @@ class ThreadRun(LoneRun):
             total += part
 
     def sum(self, x: Tensor) -> Tensor:
+        assert x.is_contiguous(), "NCCL refuses it, gloo sums other memory"
         parts = self.gather(x.clone())
         return x.copy_(torch.stack(parts).sum(0))
 
