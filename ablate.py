@@ -12,7 +12,8 @@ MAX_WALLCLOCK_SECONDS is 0 here. Besides the knobs this program reads
                        it one run follows another. Times of runs that share a GPU say nothing
     OUT=runs/ablate    folder of the runs, their output and table.md
 
-A run that has a result stays while its settings and the program are the same; every other one starts anew. A setting
+A run that has a result stays while its settings and the program are the same; with others it is kept beside the new
+one, and what has no result starts anew. A setting
 that only scoring reads scores the baseline's artifact instead of training again, and one that quantization reads starts
 from the baseline's float weights. Exit code 0: every run has a result; 1: some have none; 2: the settings cannot work.
 """
@@ -109,7 +110,8 @@ def parse_gpus(nproc: int) -> list[str]:
     """CUDA_VISIBLE_DEVICES of every run that may go on at once; one that is empty leaves it as it is."""
     lanes = os.environ.get("GPUS", "").split() or [""]
     if lanes != [""] and not all(re.fullmatch(rf"\d+(,\d+){{{nproc - 1}}}", lane) for lane in lanes):
-        raise Refused(f"GPUS={os.environ['GPUS']!r}: give NPROC={nproc} numbers with commas for each run at a time")
+        example = " ".join(",".join(str(run * nproc + i) for i in range(nproc)) for run in range(2))
+        raise Refused(f'GPUS={os.environ["GPUS"]!r}: give the GPUs of each run at a time, here such as "{example}"')
     return lanes
 
 
@@ -117,10 +119,13 @@ def parse_gpus(nproc: int) -> list[str]:
 CHECK = """
 import json, sys
 from dataclasses import asdict
+sys.path.insert(0, sys.argv[1])
 import train_gpt
 for env in json.load(sys.stdin):
     try:
-        print(json.dumps(asdict(train_gpt.load_config(env))))
+        config = train_gpt.load_config(env)
+        problems = [*train_gpt.data_problems(config, not config.eval_only_artifact)]
+        print(json.dumps("\\n".join(problems) or asdict(config)))
     except train_gpt.ConfigError as e:
         print(json.dumps(str(e)))
 """
@@ -134,15 +139,17 @@ def base_environment() -> dict[str, str]:
 
 
 def resolved(settings: Sequence[Setting], env: Mapping[str, str]) -> dict[str, dict[str, Any]]:
-    """The whole configuration of every setting. Raises Refused with all problems."""
-    command = [sys.executable, "-c", CHECK]
+    """The whole configuration of every setting. Raises Refused with all problems, those of the baseline alone."""
+    command = [sys.executable, "-c", CHECK, str(PROGRAM.parent)]
     envs = json.dumps([{**env, **s.knobs} for s in settings])
-    done = subprocess.run(command, input=envs, cwd=PROGRAM.parent, capture_output=True, text=True)
+    done = subprocess.run(command, input=envs, capture_output=True, text=True)
     if done.returncode:
         raise Refused(f"train_gpt.py cannot be imported: {last_line(done.stderr)}")
     configs, problems = {}, []
     for setting, line in zip(settings, done.stdout.splitlines(), strict=True):
         config = json.loads(line)
+        if isinstance(config, str) and setting.name == BASELINE:
+            raise Refused(config)
         if isinstance(config, str):
             problems += [f"{setting.name}: {sentence}" for sentence in config.splitlines()]
             continue
@@ -170,6 +177,15 @@ def read_json(path: Path) -> dict[str, Any]:
 def finished(folder: Path, identity: Mapping[str, Any]) -> dict[str, Any]:
     """The result that a run of this identity has left, or nothing."""
     return read_json(folder / "run.json").get("result", {}) if read_json(folder / "ablate.json") == identity else {}
+
+
+def set_aside(folder: Path) -> None:
+    """Makes room for a run: a result of other settings stays beside it, under the time when it ended."""
+    if read_json(folder / "run.json").get("result"):
+        ended = time.strftime("%Y%m%d-%H%M%S", time.localtime((folder / "run.json").stat().st_mtime))
+        shutil.rmtree(aside := folder.with_name(f"{folder.name}.{ended}"), ignore_errors=True)
+        folder.rename(aside)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 class Runner:
@@ -204,7 +220,7 @@ class Runner:
                 return "skipped: the baseline has no result"
             began, result = time.monotonic(), finished(folder, identity)
             if not result:
-                shutil.rmtree(folder, ignore_errors=True)
+                set_aside(folder)
                 folder.mkdir(parents=True)
                 (folder / "ablate.json").write_text(json.dumps(identity, indent=1))
                 code = self.launch(self.environment(setting, seed, lane), folder / "output.txt")
@@ -336,16 +352,21 @@ def main() -> int:
     try:
         settings = parse_settings(" ".join(sys.argv[1:]))
         seeds, (nproc, *_) = parse_numbers("SEEDS", "42 0"), parse_numbers("NPROC", "1")
+        if nproc < 1:
+            raise Refused(f"NPROC={nproc}: a run has one process or more")
         lanes = parse_gpus(nproc)
         runner = Runner(settings, out := Path(os.environ.get("OUT") or "runs/ablate"), nproc, lanes)
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        print(f"OUT={out} cannot be written: {e.strerror}", file=sys.stderr)
+        return 2
     except Refused as e:
         print("these settings cannot work:", *str(e).splitlines(), sep="\n  - ", file=sys.stderr)
         return 2
-    out.mkdir(parents=True, exist_ok=True)
     try:
         run_all(settings, seeds, runner, len(lanes))
     except KeyboardInterrupt:
-        print("interrupted: the same command goes on with what was running")
+        print("interrupted: the same command starts anew what was running and goes on from there")
         return 130
     print(f"\n{table(settings, runner.results)}\nwritten to {out / 'table.md'}")
     return 0 if all(len(r) == len(seeds) for r in runner.results.values()) else 1

@@ -475,6 +475,8 @@ def config_rules(c: Config) -> list[tuple[bool, str]]:
         "rope_dims", "gate_window", "muon_backend_steps",
     )  # fmt: skip
     signs = [(getattr(c, k) <= 0, f"{k.upper()} must be above 0, not {getattr(c, k)}") for k in positive]
+    signs += [(getattr(c, f.name) < 0, f"{f.name.upper()} must not be below 0, but is {getattr(c, f.name)}")
+              for f in fields(c) if f.name.endswith(("_lr", "_wd", "_decay"))]  # fmt: skip
     signs += [(not 0 <= getattr(c, k) <= 999, f"{k.upper()} must lie in 0..999")  # the rules below make lists of these
               for k in ("num_layers", "num_loops", "loop_start", "loop_end")]  # fmt: skip
     if any(bad for bad, _ in signs):

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from support import ROOT
+from support import ROOT, TOKENIZER
 
 import ablate
 import train_gpt
@@ -41,8 +41,12 @@ class Config:
     scale_bits: int = 4
     ttt_enabled: int = 1
     from_stage: str = ""
+    data_path: str = ""
     hotstart_fp_ckpt: str = ""
     eval_only_artifact: str = ""
+
+def data_problems(config, needs_training_data):
+    return ["no shards there"] if config.data_path == "nowhere" else []
 
 def load_config(env):
     try:
@@ -258,6 +262,16 @@ def test_what_is_finished_stays(run: Run, tmp_path: Path) -> None:
     assert ran(tmp_path) == every, "so is another program"
 
 
+def test_a_result_of_other_settings_is_kept(run: Run, tmp_path: Path) -> None:
+    for decay in (1, 2):
+        assert run("TTT_LORA_LR=2", SEEDS=1, MUON_WD=decay) == 0
+    kept = [json.loads(path.read_text())["result"] for path in tmp_path.glob("out/baseline/seed1*/run.json")]
+    assert sorted(result["total_bytes"] for result in kept) == [1000, 2000]
+    before = sorted(tmp_path.glob("out/*/*"))
+    assert run("MUON_WD=3", DATA_PATH="nowhere") == 2
+    assert sorted(tmp_path.glob("out/*/*")) == before
+
+
 def test_what_was_interrupted_starts_anew(run: Run, tmp_path: Path) -> None:
     assert run("MUON_WD=2", SEEDS=1, HANG=0) == 0
     ran(tmp_path)
@@ -284,15 +298,19 @@ def test_what_was_interrupted_starts_anew(run: Run, tmp_path: Path) -> None:
         ("MUON_WD=2", {"MAX_WALLCLOCK_SECONDS": 600}, "same steps"),
         ("MUON_WD=2", {"SEEDS": "one"}, "SEEDS"),
         ("MUON_WD=2", {"NPROC": "-1"}, "NPROC"),
-        ("MUON_WD=2", {"GPUS": "0 one"}, "NPROC=1 numbers"),
-        ("MUON_WD=2", {"GPUS": "0 1", "NPROC": "2"}, "NPROC=2 numbers"),
+        ("MUON_WD=2", {"NPROC": "0"}, "NPROC=0"),
+        ("MUON_WD=2", {"GPUS": "0 one"}, 'such as "0 1"'),
+        ("MUON_WD=2", {"GPUS": "0 1", "NPROC": "2"}, 'such as "0,1 2,3"'),
+        ("MUON_WD=2", {"DATA_PATH": "nowhere"}, "- no shards there\n"),
+        ("MUON_WD=2", {"OUT": "/proc/x"}, "OUT=/proc/x cannot be written"),
     ],
 )
 def test_bad_settings_are_refused_at_once(
     run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str], settings: str, env: dict[str, object], words: str
 ) -> None:
     assert run(settings, **env) == 2
-    assert words in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert words in said
     assert not (tmp_path / "out").exists()
 
 
@@ -303,7 +321,12 @@ def test_commas_may_be_part_of_a_value() -> None:
     assert (a.first_stage, b.first_stage) == ("evaluate", "train")
 
 
-def test_the_program_is_the_one_it_takes_it_for() -> None:
+def test_a_problem_of_the_baseline_is_said_once(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("MUON_WD=2 MUON_WD=3", DATA_PATH="nowhere") == 2
+    assert capsys.readouterr().err.count("no shards there") == 1
+
+
+def test_the_program_is_the_one_it_takes_it_for(dataset: Path) -> None:
     """Names of the artifact, of the knobs that are set here, and of those that a trained artifact cannot depend on."""
     knobs = {f.name.upper() for f in train_gpt.fields(train_gpt.Config)}
     assert ablate.ARTIFACT == train_gpt.ARTIFACT_NAME
@@ -314,6 +337,10 @@ def test_the_program_is_the_one_it_takes_it_for() -> None:
     assert not [k for k in train_gpt.MODEL_FIELDS if k.upper().startswith(later)]
     assert ROOT / "train_gpt.py" == ablate.PROGRAM
     settings = ablate.parse_settings("MUON_GRAD_POWER=0.9")
-    configs = ablate.resolved(settings, {"PRESET": "demo", "MAX_WALLCLOCK_SECONDS": "0"})
+    env = {"PRESET": "demo", "MAX_WALLCLOCK_SECONDS": "0", "TOKENIZER_PATH": str(TOKENIZER)}
+    env |= {"TRAIN_BATCH_TOKENS": "256", "TRAIN_SEQ_LEN": "16", "VAL_BATCH_TOKENS": "256", "EVAL_SEQ_LEN": "16"}
+    with pytest.raises(ablate.Refused, match="no fineweb_val"):
+        ablate.resolved(settings, {**env, "DATA_PATH": "nowhere"})
+    configs = ablate.resolved(settings, {**env, "DATA_PATH": str(dataset)})
     assert [c["muon_grad_power"] for c in configs.values()] == [1.0, 0.9]
     assert json.dumps(configs)
