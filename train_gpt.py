@@ -6062,6 +6062,8 @@ def train_stage(cfg: Config, run: Run, val: ValidationSet, result: dict[str, Any
     numbers = {k: result[k] for k in ("steps", "train_seconds", "looped")}
     state = {"fingerprint": shape_fingerprint(cfg), "model": model.state_dict(), **numbers}
     run.save("01_weights.pt", lambda f: torch.save(state, f))
+    if stop := int(run.agree(run.stop_signal)[0]):  # asked for after the last step
+        raise Interrupted(stop)
     score_float(cfg, run, model, val, result)
     return model
 

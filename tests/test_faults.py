@@ -162,6 +162,21 @@ def test_a_restart_takes_no_checkpoint_of_another_job(
     assert train_gpt.after_restart(cfg, LoneRun(tmp_path)).resume is resumes
 
 
+def test_a_signal_after_the_last_step_leaves_the_weights(tmp_path: Path, dataset: Path) -> None:
+    """It comes while the raw weights are scored: training would be lost, or the request forgotten."""
+
+    class Signalled(LoneRun):
+        def log(self, text: str, console: bool = True) -> None:
+            if text.startswith("1/1 val_loss"):
+                train_gpt.on_signal(self, signal.SIGTERM)
+
+    cfg, run = tiny_config(data_path=dataset, iterations=1, warmup_steps=0, val_loss_every=0), Signalled(tmp_path)
+    with pytest.raises(train_gpt.Interrupted) as stop:
+        train_gpt.train_stage(cfg, run, validation(documents((9, 20, 3))), {})
+    assert stop.value.args == (signal.SIGTERM,)
+    assert train_gpt.restored_model(cfg, run, result := {}) and result["steps"] == 1
+
+
 def test_nan_on_one_rank_stops_all_with_its_name() -> None:
     """Found in the weights of one rank alone: the others must not go on into a collective that it never reaches."""
 
