@@ -13,9 +13,9 @@ MAX_WALLCLOCK_SECONDS is 0 here. Besides the knobs this program reads
     OUT=runs/ablate    folder of the runs, their output and table.md
 
 A run that has a result stays while its settings and the program are the same; with others it is kept beside the new
-one, and what has no result starts anew. A setting
-that only scoring reads scores the baseline's artifact instead of training again, and one that quantization reads starts
-from the baseline's float weights. Exit code 0: every run has a result; 1: some have none; 2: the settings cannot work.
+one, and what has no result starts anew. A setting that only scoring reads scores the baseline's artifact instead of
+training again, and one that only quantization, or both, read starts from the baseline's float weights. Exit code 0:
+every run has a result; 1: some have none; 2: the settings cannot work.
 """
 
 import hashlib
@@ -42,7 +42,7 @@ BASELINE = "baseline"
 
 # What only scoring reads: with the same artifact these knobs give the score that a whole run would.
 SCORING = ("TTT_", "PHASED_TTT_", "GLOBAL_TTT_", "LORA_PLUS_", "TAPIN_", "EVAL_HASH_EMB_", "EVAL_LOOP_EMB_")
-# What nothing before calibration reads: these knobs, and those, leave the float weights as they are.
+# What calibration, GPTQ and packing read, but not training: the float weights are the same for all values of these.
 QUANTIZING = (
     "GPTQ_CALIBRATION_", "MATRIX_BITS", "MATRIX_STEP_", "EMBED_BITS", "EMBED_CLIP_", "EMBED_STEP_", "EMBED_DAMPING",
     "MLP_CLIP_", "ATTN_CLIP_", "SCALE_BITS", "GATED_ATTN_QUANT_", "SPINQUANT_",
@@ -256,7 +256,7 @@ class Runner:
             env["EVAL_ONLY_ARTIFACT"] = str(base / ARTIFACT)
         elif setting.first_stage == "calibrate" and (base / WEIGHTS).exists():  # a baseline from a checkpoint has none
             env["FROM_STAGE"] = "calibrate"
-            (folder / WEIGHTS).symlink_to((base / WEIGHTS).resolve())
+            (folder / WEIGHTS).hardlink_to(base / WEIGHTS)  # stays what it is when another baseline comes
         return env
 
     def launch(self, env: Mapping[str, str], output: Path) -> int:
@@ -356,10 +356,10 @@ def main() -> int:
             raise Refused(f"NPROC={nproc}: a run has one process or more")
         lanes = parse_gpus(nproc)
         runner = Runner(settings, out := Path(os.environ.get("OUT") or "runs/ablate"), nproc, lanes)
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        print(f"OUT={out} cannot be written: {e.strerror}", file=sys.stderr)
-        return 2
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            raise Refused(f"OUT={out} cannot be written: {e.strerror}") from None
     except Refused as e:
         print("these settings cannot work:", *str(e).splitlines(), sep="\n  - ", file=sys.stderr)
         return 2

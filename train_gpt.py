@@ -1959,7 +1959,7 @@ def mix_norm_backward(  # noqa: PLR0913
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip  # noqa: PLR0913
     """-> dx, dx0 (those that `want` asks for), and dmix where the inputs (x, x0) of the mix are given.
 
-    Without a norm (dn, n and rstd are None then) what comes back is the gradient g of u.
+    Without a norm dn, n and rstd are None, and the gradient of u is `more.g` alone.
     """
     like = more.g if n is None else n
     d, rows = like.size(-1), like.numel() // like.size(-1)
@@ -6055,13 +6055,13 @@ def train_stage(cfg: Config, run: Run, val: ValidationSet, result: dict[str, Any
     run.training = True
     with run.stage("train"):
         progress = train(cfg, run, model, val)
-    run.training = False
     reserved = torch.cuda.max_memory_reserved() >> 20 if run.device.type == "cuda" else run.peak_memory_mib()
     run.log(f"peak memory allocated: {run.peak_memory_mib()} MiB reserved: {reserved} MiB")
     result.update(steps=progress.step, train_seconds=progress.seconds, looped=progress.looped)
     numbers = {k: result[k] for k in ("steps", "train_seconds", "looped")}
     state = {"fingerprint": shape_fingerprint(cfg), "model": model.state_dict(), **numbers}
     run.save("01_weights.pt", lambda f: torch.save(state, f))
+    run.training = False  # from here a signal ends the process at once
     if stop := int(run.agree(run.stop_signal)[0]):  # asked for after the last step
         raise Interrupted(stop)
     score_float(cfg, run, model, val, result)
