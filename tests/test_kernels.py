@@ -650,14 +650,21 @@ def test_attention_kernels(kind: str, heads: tuple[int, int], lengths: tuple[int
 
 
 # ---- the whole model -------------------------------------------------------------------------------------------------
-def losses_and_gradients(model: GPT, lengths: Sequence[int]) -> tuple[float, dict[str, Tensor]]:
-    tokens = torch.from_numpy(documents(lengths).astype("int64"))[None].cuda()
+def losses_and_gradients(
+    model: GPT, lengths: Sequence[int], seeds: Sequence[int] = (0,)
+) -> tuple[float, dict[str, Tensor]]:
+    """The mean loss over packs of random documents, one for each seed, and the gradients of each (seeds, ...)."""
+    device, losses, grads = model.qo_bank.device, [], []
     boundaries = packed(lengths, n_more=64 - len(lengths))
-    docs = Docs(boundaries.cu_seqlens.cuda(), boundaries.max_len)
-    model.zero_grad()
-    loss = model(tokens, tokens.roll(-1, 1), docs=docs)
-    loss.backward()
-    return loss.item(), {n: p.grad.float().cpu() for n, p in model.named_parameters()}
+    docs = Docs(boundaries.cu_seqlens.to(device), boundaries.max_len)
+    for seed in seeds:
+        tokens = torch.from_numpy(documents(lengths, seed).astype("int64"))[None].to(device)
+        model.zero_grad()
+        loss = model(tokens, tokens.roll(-1, 1), docs=docs)
+        loss.backward()
+        losses.append(loss.item())
+        grads.append({n: p.grad.float().cpu() for n, p in model.named_parameters()})
+    return sum(losses) / len(losses), {n: torch.stack([g[n] for g in grads]) for n in grads[0]}
 
 
 @gpu
@@ -678,13 +685,14 @@ def test_chosen_model_is_the_specification(looped: bool) -> None:
         model.looped = looped
         if name != "exact":
             model.place(cuda)
-        results[name] = losses_and_gradients(model, (120, 33, 1, 102))
+        results[name] = losses_and_gradients(model, (120, 33, 1, 102), range(8))
     assert models["chosen"].kernels.fused
     loss, grads = results["exact"]
     assert abs(results["chosen"][0] - loss) <= 2 * abs(results["plain"][0] - loss) + 5e-3 * loss
     for name, want in grads.items():
         ours, plain = (relative_error(results[k][1][name], want) for k in ("chosen", "plain"))
-        assert ours <= 2 * plain + 0.02, name  # two sums of few terms may round apart; a wrong term is far larger
+        # Of one pack alone bf16 turns the four numbers of a `q_gain` by anything from 0.3 to 17 %.
+        assert ours <= 2 * plain + 0.02, name
     ours, plain = (
         sum((results[k][1][n] - g).square().sum() for n, g in grads.items()).sqrt() for k in ("chosen", "plain")
     )
