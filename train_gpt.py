@@ -882,7 +882,9 @@ def data_problems(cfg: Config, needs_training_data: bool) -> Iterator[str]:
     """Missing, broken or too small shards, and a tokenizer or sidecar that does not belong to them."""
     val, sidecar, train = val_files(cfg), sidecar_files(cfg), train_files(cfg)
     if not val:
+        below = sorted({p.parent for p in cfg.shard_dir.glob("datasets/*/fineweb_val_*.bin")})  # of --out, say
         remedy = "set DATA_PATH, or make shards with prepare_caseops_data.py (make demo does, for a first try)"
+        remedy = f"set DATA_PATH={below[0]}" if below else remedy
         yield f"no fineweb_val_*.bin in {cfg.shard_dir}: {remedy}"
     if cfg.caseops_enabled and len(sidecar) != len(val):
         yield f"{len(val)} validation shards but {len(sidecar)} byte sidecars (val_bytes) in {cfg.shard_dir}"

@@ -325,6 +325,15 @@ def test_every_data_problem_is_listed(tmp_path: Path) -> None:
     assert len(list(train_gpt.data_problems(cfg, False))) == 1
 
 
+def test_data_path_one_level_too_high_is_told_the_folder_below(tmp_path: Path) -> None:
+    """prepare_caseops_data.py --out DIR writes into DIR/datasets/NAME."""
+    (folder := tmp_path / "datasets" / "mine").mkdir(parents=True)
+    write_dataset(folder)
+    problem = next(train_gpt.data_problems(caseops_config(tmp_path), True))
+    assert problem == f"no fineweb_val_*.bin in {tmp_path}: set DATA_PATH={folder}"
+    assert list(train_gpt.data_problems(caseops_config(folder), True)) == []
+
+
 @pytest.mark.parametrize(
     ("gone", "word"),
     [
