@@ -1581,14 +1581,44 @@ One row per run, derived from its logs by `make records`; never typed. What was 
 """
 
 
-def against(run: Run, earlier: Sequence[Run]) -> str:
-    """The difference to the first earlier run of as many steps on the same text, in the last stage of both."""
-    for number, other in enumerate(earlier, 1):
-        if run.steps == other.steps and validation_mismatch(run, other) is None:
-            for label, stage in reversed(STAGES):
-                difference = difference_mb(getattr(run, f"bpb_{stage}"), getattr(other, f"bpb_{stage}"))
-                if difference is not None:
-                    return f"{difference:+.1f} mb to {number} ({label})"
+def settings(run: Run) -> set[tuple[str, str]]:
+    """What makes its numbers, as far as knobs tell."""
+    places = RUN_NAMES | PATH_KNOBS | {"FROM_STAGE"}
+    return {(name, value) for name, value in (run.changed or {}).items() if name not in places}
+
+
+def scores_alone(run: Run) -> bool:
+    """Whether it has its weights from another run's artifact or checkpoint, that of which no setting tells."""
+    return any(name.startswith("EVAL_ONLY_") for name in run.changed or {})
+
+
+def compared_with(run: Run, runs: Sequence[Run]) -> int | None:
+    """The index of the run to compare with: what it adds settings to, or the first of an earlier folder.
+
+    The former is beside it, in the same folder, with the same seed, and has most of its settings and no others; the
+    latter has as many steps. Steps that no log tells, of a run that begins with weights, are the same for the former.
+    """
+    same_text = [(i, other) for i, other in enumerate(runs) if validation_mismatch(run, other) is None]
+    beside = [
+        (len(settings(other)), -i)
+        for i, other in same_text
+        if (other.log.parent, other.seed, scores_alone(other)) == (run.log.parent, run.seed, scores_alone(run))
+        and (other.steps == run.steps or None in (other.steps, run.steps))
+        and settings(other) < settings(run)
+    ]
+    if beside:
+        return -max(beside)[1]
+    earlier = itertools.takewhile(lambda row: row[1].log.parent != run.log.parent, same_text)
+    return next((i for i, other in earlier if other.steps == run.steps is not None), None)
+
+
+def against(run: Run, runs: Sequence[Run]) -> str:
+    """The difference to the run that it is compared with, in the last stage of both, and that run's number."""
+    if (i := compared_with(run, runs)) is not None:
+        for label, stage in reversed(STAGES):
+            difference = difference_mb(getattr(run, f"bpb_{stage}"), getattr(runs[i], f"bpb_{stage}"))
+            if difference is not None:
+                return f"{difference:+.2f} mb to {i + 1} ({label})"
     return "-"
 
 
@@ -1615,7 +1645,7 @@ def ledger(runs: Sequence[Run]) -> str:
     runs = sorted((run for run in runs if run.began), key=lambda run: (run_date(run), run.name))
     rows = [["no.", *(column.heading for column in LEDGER_COLUMNS), "against"]]
     for number, run in enumerate(runs, 1):
-        rows.append([f"{number}", *cells(run, LEDGER_COLUMNS), against(run, runs[: number - 1])])
+        rows.append([f"{number}", *cells(run, LEDGER_COLUMNS), against(run, runs)])
     return LEDGER.format(table=markdown(Table("", rows)))
 
 

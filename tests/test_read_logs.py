@@ -926,8 +926,26 @@ def test_a_ledger_row_says_what_changed_and_compares_like_with_like(ours: list[P
     assert columns["run"] == ("longer", "run0", "run42")
     assert columns["changed"] == ("EMBED_BITS=7 TTT_K_LORA=0",) * 3
     assert columns["hardware"] == ("8 x NVIDIA H100 80GB HBM3",) * 3
-    assert columns["against"] == ("-", "-", "+1.3 mb to 2 (after TTT)")
+    assert columns["against"] == ("-", "-", "+1.30 mb to 2 (after TTT)")
     assert columns["after TTT"] == ("1.05610", "1.06480", "1.06610")
+
+
+def test_a_ledger_row_is_compared_with_the_run_that_it_adds_settings_to(tmp_path: Path) -> None:
+    """In a record folder that is its nearest baseline there, wherever it stands, and never one of other weights."""
+    folder, before = tmp_path / "runs", our_run(tmp_path / "before", 42, 0.005)
+    rows = {  # seed, score, settings; and what its row says
+        "a_more": (42, -0.002, " GATE=1", "-2.00 mb to 4 (after TTT)"),
+        "a_most": (42, -0.003, " GATE=1 TAPER=0.5", "-1.00 mb to 2 (after TTT)"),
+        "base": (42, 0.0, "", "-5.00 mb to 1 (after TTT)"),
+        "other_seed": (7, 0.01, " GATE=1", "+5.00 mb to 1 (after TTT)"),
+        "scored": (42, 0.02, " EVAL_ONLY_ARTIFACT=/x/y.ptz", "+15.00 mb to 1 (after TTT)"),
+        "scored_more": (42, 0.021, " EVAL_ONLY_ARTIFACT=/x/y.ptz CHUNK=24", "+1.00 mb to 6 (after TTT)"),
+    }
+    for name, (seed, shift, knobs, _) in rows.items():
+        text = (our_run(tmp_path / name, seed, shift) / "log.txt").read_text()
+        write(folder / f"log_{name}.txt", text.replace("TTT_K_LORA=False", f"TTT_K_LORA=False{knobs}").splitlines())
+    runs = read_logs.read_all([before, folder])
+    assert [read_logs.against(run, runs) for run in runs] == ["-", *(said for *_, said in rows.values())]
 
 
 # ---- The public log --------------------------------------------------------------------------------------------------
