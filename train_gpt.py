@@ -1688,10 +1688,10 @@ def down_leaky(
 # 0.302 ms, queries, keys and values 0.096 instead of 0.169. A micro-batch on an H100 takes 70.48 instead of 72.06 ms,
 # with the loop 106.1 instead of 108.1. But 300 steps end 1.0 mb worse, and the time saved is worth 0.4: off by default.
 # Backward, for the gradient of W_up's input: 0.159 instead of 0.294 ms on an H100, but 0.09 more for the kernel before,
-# which writes that of W_up's output in 8 bits beside 16: 1 % of a micro-batch (H200, 68.1 -> 67.5 ms). 300 steps end
-# where they do without it (-0.06 mb, one seed); off until a run of 600 s shows the same. Gradients are small, and it is
-# known by how much: times the tokens of a step, these reach 4 after 1,500 steps; the root of their mean square is 0.006
-# to 0.04.
+# which writes that of W_up's output in 8 bits beside 16: 1 % of a micro-batch (H200, 68.1 -> 67.5 ms), worth 0.2 mb. A
+# pair of 300 steps ends alike (-0.06 mb, where repeats differ by 0.1 to 0.3): off until a run of 600 s says more.
+# Gradients are small, and it is known by how much: times the tokens of a step, these reach 4 after 1,500 steps; the
+# root of their mean square is 0.006 to 0.04.
 FLOAT8, FLOAT8_MAX = torch.float8_e4m3fn, 448.0
 
 
@@ -3337,7 +3337,8 @@ class Attention(nn.Module):
             self.attn_gate_w = nn.Parameter(torch.empty(cfg.num_heads, cfg.model_dim))
             nn.init.normal_(self.attn_gate_w, std=cfg.gated_attn_init_std)
         if cfg.attn_out_gate_enabled:
-            self.attn_gate_proj = nn.Linear(cfg.gate_window, cfg.num_heads, bias=False)
+            # Without random numbers, so that all else begins as it does without the gate. The public script drew some.
+            self.attn_gate_proj = nn.utils.skip_init(nn.Linear, cfg.gate_window, cfg.num_heads, bias=False)
             nn.init.zeros_(self.attn_gate_proj.weight)
 
 
@@ -6850,8 +6851,8 @@ class SpinQuant(Switch):
     a seed. attn_scale and mlp_scale are not folded into the rows of the outputs: the adapters' bypasses share them.
 
     Public evidence: none of it helps. Five variants lie within 9e-5 bpb after TTT, though with Hessians of the unlooped
-    network, and port_1695 costs 16 kB. None turned the embedding, as `full` does: 0.0002 bpb better after 300 steps and
-    0.0007 after 1,500 (one seed each).
+    network, and port_1695 costs 16 kB. None turned the embedding, as `full` does: 0.0006 and 0.0002 bpb better after
+    300 steps (seeds 42 and 0; the latter with steps by costs, which leave less to gain), 0.0007 after 1,500 (seed 42).
     """
 
     knob = "spinquant_enabled"
