@@ -1583,43 +1583,55 @@ One row per run, derived from its logs by `make records`; never typed. What was 
 
 def settings(run: Run) -> set[tuple[str, str]]:
     """What makes its numbers, as far as knobs tell."""
-    places = RUN_NAMES | PATH_KNOBS | {"FROM_STAGE"}
-    return {(name, value) for name, value in (run.changed or {}).items() if name not in places}
+    silent = RUN_NAMES | PATH_KNOBS | {"FROM_STAGE", "TRAIN_LOG_EVERY", "VAL_LOSS_EVERY", "CHECKPOINT_EVERY"}
+    return {(name, value) for name, value in (run.changed or {}).items() if name not in silent}
 
 
-def scores_alone(run: Run) -> bool:
-    """Whether it has its weights from another run's artifact or checkpoint, that of which no setting tells."""
-    return any(name.startswith("EVAL_ONLY_") for name in run.changed or {})
+def adds_to(run: Run, other: Run) -> bool:
+    """Whether a run is another one with more settings: in one folder, of one seed, from the same weights or none.
+
+    Steps that no log tells, of a run that begins with weights, may be any.
+    """
+    made_from = ("EVAL_ONLY_ARTIFACT", "EVAL_ONLY_CHECKPOINT", "HOTSTART_FP_CKPT")
+    place, theirs = ([r.log.parent, r.seed, *map((r.changed or {}).get, made_from)] for r in (run, other))
+    steps = other.steps == run.steps or None in (other.steps, run.steps)
+    return place == theirs and steps and settings(other) < settings(run)
+
+
+def last_difference(run: Run, other: Run) -> tuple[str, float] | None:
+    """The last stage that both have a score of, and the difference there in mb."""
+    for label, stage in reversed(STAGES):
+        difference = difference_mb(getattr(run, f"bpb_{stage}"), getattr(other, f"bpb_{stage}"))
+        if difference is not None:
+            return label, difference
+    return None
 
 
 def compared_with(run: Run, runs: Sequence[Run]) -> int | None:
-    """The index of the run to compare with: what it adds settings to, or the first of an earlier folder.
+    """The index of the run to compare with: the nearest that it adds settings to, or else one of an earlier folder.
 
-    The former is beside it, in the same folder, with the same seed, and has most of its settings and no others; the
-    latter has as many steps. Steps that no log tells, of a run that begins with weights, are the same for the former.
+    The latter has as many steps and the fewest other settings, seed and tokenizer counted among them. None where
+    nothing fits, or where steps that no log tells may be those of several.
     """
-    same_text = [(i, other) for i, other in enumerate(runs) if validation_mismatch(run, other) is None]
-    beside = [
-        (len(settings(other)), -i)
-        for i, other in same_text
-        if (other.log.parent, other.seed, scores_alone(other)) == (run.log.parent, run.seed, scores_alone(run))
-        and (other.steps == run.steps or None in (other.steps, run.steps))
-        and settings(other) < settings(run)
-    ]
-    if beside:
-        return -max(beside)[1]
-    earlier = itertools.takewhile(lambda row: row[1].log.parent != run.log.parent, same_text)
-    return next((i for i, other in earlier if other.steps == run.steps is not None), None)
+    like = [(i, r) for i, r in enumerate(runs) if validation_mismatch(run, r) is None and last_difference(run, r)]
+    if beside := [(i, other) for i, other in like if adds_to(run, other)]:
+        doubtful = run.steps is None and len({other.steps for _, other in beside} - {None}) > 1
+        return None if doubtful else max(beside, key=lambda row: len(settings(row[1])))[0]
+    before = itertools.takewhile(lambda row: row[1].log.parent != run.log.parent, like)
+    earlier = [(i, other) for i, other in before if other.steps == run.steps is not None]
+    others = {
+        i: len(settings(other) ^ settings(run)) + (other.seed != run.seed) + (other.val_targets != run.val_targets)
+        for i, other in earlier
+    }
+    return min(others, key=others.__getitem__, default=None)
 
 
 def against(run: Run, runs: Sequence[Run]) -> str:
     """The difference to the run that it is compared with, in the last stage of both, and that run's number."""
-    if (i := compared_with(run, runs)) is not None:
-        for label, stage in reversed(STAGES):
-            difference = difference_mb(getattr(run, f"bpb_{stage}"), getattr(runs[i], f"bpb_{stage}"))
-            if difference is not None:
-                return f"{difference:+.2f} mb to {i + 1} ({label})"
-    return "-"
+    if (i := compared_with(run, runs)) is None:
+        return "-"
+    label, difference = last_difference(run, runs[i])
+    return f"{round(difference, 2) + 0.0:+.2f} mb to {i + 1} ({label})"
 
 
 def run_date(run: Run) -> str:

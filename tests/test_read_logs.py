@@ -932,20 +932,36 @@ def test_a_ledger_row_says_what_changed_and_compares_like_with_like(ours: list[P
 
 def test_a_ledger_row_is_compared_with_the_run_that_it_adds_settings_to(tmp_path: Path) -> None:
     """In a record folder that is its nearest baseline there, wherever it stands, and never one of other weights."""
-    folder, before = tmp_path / "runs", our_run(tmp_path / "before", 42, 0.005)
+    earlier = [our_run(tmp_path / "seed7", 7, 0.004), our_run(tmp_path / "seed42", 42, 0.005)]
+    scored, other = " EVAL_ONLY_ARTIFACT=runs/a.ptz", " EVAL_ONLY_ARTIFACT=runs/b.ptz"
     rows = {  # seed, score, settings; and what its row says
-        "a_more": (42, -0.002, " GATE=1", "-2.00 mb to 4 (after TTT)"),
-        "a_most": (42, -0.003, " GATE=1 TAPER=0.5", "-1.00 mb to 2 (after TTT)"),
-        "base": (42, 0.0, "", "-5.00 mb to 1 (after TTT)"),
-        "other_seed": (7, 0.01, " GATE=1", "+5.00 mb to 1 (after TTT)"),
-        "scored": (42, 0.02, " EVAL_ONLY_ARTIFACT=/x/y.ptz", "+15.00 mb to 1 (after TTT)"),
-        "scored_more": (42, 0.021, " EVAL_ONLY_ARTIFACT=/x/y.ptz CHUNK=24", "+1.00 mb to 6 (after TTT)"),
+        "a_more": (42, -0.002, " GATE=1 TRAIN_LOG_EVERY=7", "-2.00 mb to 5 (after TTT)"),
+        "a_most": (42, -0.003, " GATE=1 TAPER=0.5", "-1.00 mb to 3 (after TTT)"),
+        "base": (42, 0.0, "", "-5.00 mb to 2 (after TTT)"),
+        "other_seed": (7, 0.01, " GATE=1", "+6.00 mb to 1 (after TTT)"),
+        "scored": (42, 0.02, scored, "+15.00 mb to 2 (after TTT)"),
+        "scored_more": (42, 0.021, scored + " CHUNK=24", "+1.00 mb to 7 (after TTT)"),
+        "scored_other": (42, 0.06, other + " CHUNK=24", "+55.00 mb to 2 (after TTT)"),
     }
     for name, (seed, shift, knobs, _) in rows.items():
         text = (our_run(tmp_path / name, seed, shift) / "log.txt").read_text()
-        write(folder / f"log_{name}.txt", text.replace("TTT_K_LORA=False", f"TTT_K_LORA=False{knobs}").splitlines())
-    runs = read_logs.read_all([before, folder])
-    assert [read_logs.against(run, runs) for run in runs] == ["-", *(said for *_, said in rows.values())]
+        lines = text.replace("TTT_K_LORA=False", f"TTT_K_LORA=False{knobs}").splitlines()
+        write(tmp_path / "record" / f"log_{name}.txt", lines)
+    runs = read_logs.read_all([*earlier, tmp_path / "record"])
+    assert [read_logs.against(run, runs) for run in runs[2:]] == [said for *_, said in rows.values()]
+
+
+def test_a_ledger_row_of_unknown_steps_or_with_no_common_stage_is_compared_with_none(ours: list[Path]) -> None:
+    base, short, later = read_logs.read_all(ours)
+    for run in (base, short, later):
+        run.seed, run.log = 42, Path("record") / f"log_{run.name}.txt"
+    base.changed, short.changed, later.changed = {}, {}, {"EMBED_BITS": "8"}
+    later.steps = None
+    assert read_logs.compared_with(later, [base, short, later]) is not None
+    short.steps = 300
+    assert read_logs.compared_with(later, [base, short, later]) is None
+    base.bpb_float = base.bpb_quantized = base.bpb_ttt = None
+    assert read_logs.compared_with(later, [base, later]) is None
 
 
 # ---- The public log --------------------------------------------------------------------------------------------------
