@@ -652,8 +652,8 @@ def test_attention_kernels(kind: str, heads: tuple[int, int], lengths: tuple[int
 # ---- the whole model -------------------------------------------------------------------------------------------------
 def losses_and_gradients(
     model: GPT, lengths: Sequence[int], seeds: Sequence[int] = (0,)
-) -> tuple[float, dict[str, Tensor]]:
-    """The mean loss over packs of random documents, one for each seed, and the gradients of each (seeds, ...)."""
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The losses (seeds,) of packs of random documents, one for each seed, and the gradients of each (seeds, ...)."""
     device, losses, grads = model.qo_bank.device, [], []
     boundaries = packed(lengths, n_more=64 - len(lengths))
     docs = Docs(boundaries.cu_seqlens.to(device), boundaries.max_len)
@@ -664,7 +664,19 @@ def losses_and_gradients(
         loss.backward()
         losses.append(loss.item())
         grads.append({n: p.grad.float().cpu() for n, p in model.named_parameters()})
-    return sum(losses) / len(losses), {n: torch.stack([g[n] for g in grads]) for n in grads[0]}
+    return torch.tensor(losses), {n: torch.stack([g[n] for g in grads]) for n in grads[0]}
+
+
+def largest_error(ours: Tensor, want: Tensor) -> tuple[float, float]:
+    """Relative errors of gradients (packs, ...): of all as one, and the largest of a pack or of a matrix of a bank.
+
+    The latter is 0 for a few numbers alone: bf16 turns the four of a `q_gain` by 0.3 to 17 %, as the pack may be.
+    """
+    parts = []
+    if want[0].numel() >= 256:
+        for axis in (0, 1) if want.ndim == 4 else (0,):
+            parts += [relative_error(a, b) for a, b in zip(ours.unbind(axis), want.unbind(axis), strict=True)]
+    return relative_error(ours, want), max(parts, default=0.0)
 
 
 @gpu
@@ -688,11 +700,11 @@ def test_chosen_model_is_the_specification(looped: bool) -> None:
         results[name] = losses_and_gradients(model, (120, 33, 1, 102), range(8))
     assert models["chosen"].kernels.fused
     loss, grads = results["exact"]
-    assert abs(results["chosen"][0] - loss) <= 2 * abs(results["plain"][0] - loss) + 5e-3 * loss
+    ours, plain = ((results[k][0] / loss - 1).abs().max() for k in ("chosen", "plain"))
+    assert ours <= 2 * plain + 1e-3
     for name, want in grads.items():
-        ours, plain = (relative_error(results[k][1][name], want) for k in ("chosen", "plain"))
-        # Of one pack alone bf16 turns the four numbers of a `q_gain` by anything from 0.3 to 17 %.
-        assert ours <= 2 * plain + 0.02, name
+        ours, plain = (largest_error(results[k][1][name], want) for k in ("chosen", "plain"))
+        assert all(a <= 2 * b + 0.02 for a, b in zip(ours, plain, strict=True)), (name, ours, plain)
     ours, plain = (
         sum((results[k][1][n] - g).square().sum() for n, g in grads.items()).sqrt() for k in ("chosen", "plain")
     )
@@ -711,7 +723,7 @@ def test_training_in_8_bits_goes_the_same_way(looped: bool) -> None:
     models = in_8_bits(model, "fp8_forward", "fp8_backward"), model
     results = [losses_and_gradients(m.place(cuda), (120, 33, 1, 102)) for m in models]
     (loss, ours), (want, theirs) = results
-    assert loss == pytest.approx(want, rel=0.01) and loss != want
+    assert loss.item() == pytest.approx(want.item(), rel=0.01) and loss != want
     ours, theirs = (torch.cat([g.flatten() for g in grads.values()]) for grads in (ours, theirs))
     assert torch.cosine_similarity(ours, theirs, dim=0) > 0.99
 
