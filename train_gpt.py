@@ -26,8 +26,8 @@ Contents
     14. Switches
 
 Shapes are written (B, T, D): B rows, T positions, D width, H query heads, G key/value heads, K head dim, F hidden width
-of the MLP, V vocabulary, L layers, S visits (layers in the order they run, loops unrolled), R adapter rank, N
-documents.
+of the MLP, V vocabulary, L layers, R adapter rank, N documents. Among the kernels N is also tokens, R the query heads
+of a group, H / G, and S the size of one stream, N D numbers.
 """
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -42,7 +42,6 @@ import copy
 import difflib
 import fnmatch
 import functools
-import glob
 import hashlib
 import importlib.util
 import inspect
@@ -137,7 +136,7 @@ class Config:
     gptq_reserve_seconds: float = 4.0    # part of that budget kept for calibration
     train_batch_tokens: int = 786432     # tokens of an optimizer step, all ranks together
     train_seq_len: int = 2048            # longer documents are cut into pieces of this many tokens
-    eval_seq_len: int = 2048             # the same for plain evaluation
+    eval_seq_len: int = 2048             # the same for plain evaluation and base learning
     val_batch_tokens: int = 524288       # tokens of eight evaluation rows; a row is what one forward pass takes
     val_loss_every: int = 4000           # steps between validations during training; 0: only at the end
     train_log_every: int = 500           # steps between lines of the training log
@@ -241,7 +240,7 @@ class Config:
     gate_window: int = 12                # channels that the narrow gates read
     qk_gain_per_layer: str = ""          # initial gains by layer, separated by commas; replaces QK_GAIN_INIT
     xielu_enabled: bool = False          # the activation of PR #1648, its scalars by depth, instead of the leaky square
-    bigram_hash_enabled: bool = False    # add a hashed table of token pairs to the embedding; 425 KB in the artifact
+    bigram_hash_enabled: bool = False    # add a hashed table of token pairs to the embedding; 250 KB in the artifact
     bigram_hash_buckets: int = 16384     # its rows
     bigram_hash_dim: int = 32            # and their width
     bigram_hash_prime_a: int = 36313     # hash: PRIME_A * token XOR PRIME_B * previous token
@@ -489,6 +488,7 @@ def config_rules(c: Config) -> list[tuple[bool, str]]:
         (c.model_dim % c.num_heads != 0, "MODEL_DIM must be divisible by NUM_HEADS"),
         (c.num_heads % c.num_kv_heads != 0, "NUM_HEADS must be divisible by NUM_KV_HEADS"),
         (c.rope_dims % 2 == 1 or c.rope_dims > c.head_dim, f"ROPE_DIMS must be even and at most {c.head_dim}"),
+        (c.rope_yarn and c.rope_dims == 2, "ROPE_YARN=1 needs ROPE_DIMS above 2"),
         (c.num_loops > 0 and not 0 <= c.loop_start <= c.loop_end < c.num_layers,
          f"LOOP_START..LOOP_END must lie in 0..{c.num_layers - 1}"),
         (in_lanes, "a looped layer in the two-lane part loses a branch: set LOOP_END below PARALLEL_START_LAYER"),
@@ -519,7 +519,7 @@ def config_rules(c: Config) -> list[tuple[bool, str]]:
 
 def proof_rules(c: Config) -> list[tuple[bool, str]]:
     """As `config_rules`, for DETERMINISTIC and AUDIT."""
-    trains = not (c.from_stage or c.eval_only_artifact or c.eval_only_checkpoint)
+    trains = not (c.from_stage or c.eval_only_artifact or c.float_checkpoint)
     return [
         (c.deterministic and trains and c.max_wallclock_seconds > 0,
          "DETERMINISTIC=1 needs steps instead of a clock: set MAX_WALLCLOCK_SECONDS=0"),
@@ -547,31 +547,28 @@ def follow_up_rules(c: Config) -> list[tuple[bool, str]]:
         (c.fp8 and (c.kernels == "spec" or c.device == "cpu" or c.compute_dtype == "float32"),
          f"{c.fp8}=1 is a part of the fused kernels: it needs a GPU, KERNELS=auto and COMPUTE_DTYPE=auto"),
         (c.fp8 and c.model_dim % 16 != 0, f"{c.fp8}=1 needs MODEL_DIM divisible by 16"),
+        (c.fp8_backward and c.hidden_dim % 16 != 0, "FP8_BACKWARD=1 needs MLP_MULT * MODEL_DIM divisible by 16"),
     ]  # fmt: skip
 
 
 def manual() -> list[tuple[str, str, str, str]]:
     """(section, knob, default, explanation) of every knob, read from the comments of Config."""
-    section, rows = "", []
-    try:
-        lines = inspect.getsource(Config).splitlines()
-    except OSError:
-        lines = []
-    comments = {}
-    for line in lines:
+    section, comments = "", {}
+    for line in inspect.getsource(Config).splitlines():
         if m := re.match(r"    # ([A-Z].*)$", line):
             section = m[1]
         elif m := re.match(r"    (\w+): \w+ = .*?  # (.*)$", line):
             comments[m[1]] = (section, m[2])
+    rows = []
     for f in fields(Config):
         default = int(f.default) if isinstance(f.default, bool) else f.default
-        where, text = comments.get(f.name, ("", ""))
+        where, text = comments[f.name]
         rows.append((where, f.name.upper(), str(default), text))
     return rows
 
 
 def print_help() -> None:
-    print(__doc__ or "train_gpt.py: every knob is an environment variable")
+    print(__doc__)
     last = None
     for section, name, default, text in manual():
         if section != last:
@@ -816,9 +813,8 @@ def seed_everything(seed: int) -> None:
 
 def preflight(cfg: Config, run: Run, needs_training_data: bool) -> None:
     """Every check that needs no model, on rank 0, all problems at once. Raises Stop on every rank."""
-    problems = list(environment_problems(cfg, run)) if run.main else []
-    if run.main:
-        problems += [*input_problems(cfg, run), *data_problems(cfg, needs_training_data)]
+    checks = environment_problems(cfg, run), input_problems(cfg, run), data_problems(cfg, needs_training_data)
+    problems = list(itertools.chain(*checks)) if run.main else []
     if problems := run.same(problems):
         raise Stop("\n".join(["cannot start:", *(f"  - {p}" for p in problems)]), 2)
 
@@ -847,7 +843,7 @@ def input_problems(cfg: Config, run: Run) -> Iterator[str]:
 
 def environment_problems(cfg: Config, run: Run) -> Iterator[str]:
     wanted = {"sentencepiece": "sentencepiece", "brotli": "brotli"}
-    if not IS_SUBMISSION and not cfg.eval_only_artifact:
+    if not IS_SUBMISSION and not cfg.eval_only_artifact and cfg.from_stage not in ("evaluate", "ttt"):
         wanted["python_minifier"] = "python-minifier"
     if cfg.compressor == "zstd":
         wanted["zstandard"] = "zstandard"
@@ -862,7 +858,9 @@ def environment_problems(cfg: Config, run: Run) -> Iterator[str]:
         yield f"{run.folder} has {free >> 20} MiB free and the run may write {need >> 20}: free some or set RUN_DIR"
     if cfg.attention in ATTENTION_MODULES and not importable(ATTENTION_MODULES[cfg.attention]):
         yield f"ATTENTION={cfg.attention} needs the module {ATTENTION_MODULES[cfg.attention]}: install it, or take auto"
-    if cfg.attention == "triton" and not (hopper(run.device) and TritonAttention.fits(cfg)):
+    if cfg.attention not in ("auto", "sdpa") and (run.device.type == "cpu" or run.dtype == torch.float32):
+        yield f"ATTENTION={cfg.attention} runs on a GPU in bfloat16 alone: take auto or sdpa"
+    elif cfg.attention == "triton" and not (hopper(run.device) and TritonAttention.fits(cfg)):
         yield "ATTENTION=triton needs a Hopper GPU, heads of 16 to 128 channels, 1, 2, 4 or 8 in a group: take auto"
     if cfg.fp8 and not (hopper(run.device) and choose_kernels(cfg, run.device).fused):
         yield f"{cfg.fp8}=1 needs a Hopper GPU or a later one, and triton: set it to 0"
@@ -887,7 +885,8 @@ def data_problems(cfg: Config, needs_training_data: bool) -> Iterator[str]:
         remedy = f"set DATA_PATH={below[0]}" if below else remedy
         yield f"no fineweb_val_*.bin in {cfg.shard_dir}: {remedy}"
     if cfg.caseops_enabled and len(sidecar) != len(val):
-        yield f"{len(val)} validation shards but {len(sidecar)} byte sidecars (val_bytes) in {cfg.shard_dir}"
+        counts = f"{len(val)} validation shards but {len(sidecar)} byte sidecars (val_bytes)"
+        yield f"{counts} in {cfg.shard_dir}: prepare them again"
     if needs_training_data and not train:
         yield f"no fineweb_train_*.bin in {cfg.shard_dir}: set DATA_PATH"
     sizes = {}
@@ -897,8 +896,8 @@ def data_problems(cfg: Config, needs_training_data: bool) -> Iterator[str]:
         except (OSError, ValueError) as e:
             yield str(e)
     for tokens, counts in zip(val, sidecar, strict=False):
-        if sizes.get(tokens) != sizes.get(counts):
-            yield f"{counts} has {sizes.get(counts)} entries, {tokens} has {sizes.get(tokens)}: prepare both again"
+        if {tokens, counts} <= sizes.keys() and sizes[tokens] != sizes[counts]:
+            yield f"{counts} has {sizes[counts]} entries, {tokens} has {sizes[tokens]}: prepare both again"
     if needs_training_data and train and all(p not in sizes or usable_tokens(p) < cfg.step_tokens for p in train):
         need = f"a step of {cfg.step_tokens} tokens"
         yield f"no training shard holds {need}: make larger ones or lower TRAIN_BATCH_TOKENS"
@@ -946,7 +945,7 @@ def tokenizer_problems(cfg: Config) -> Iterator[str]:
     elif importlib.util.find_spec("sentencepiece"):
         size = load_tokenizer(cfg).vocab_size()
         if size != cfg.vocab_size:
-            yield f"{cfg.tokenizer_file} has {size} pieces but VOCAB_SIZE is {cfg.vocab_size}"
+            yield f"{cfg.tokenizer_file} has {size} pieces but VOCAB_SIZE is {cfg.vocab_size}: set one to fit the other"
 
 
 def load_tokenizer(cfg: Config) -> Any:
@@ -1417,7 +1416,7 @@ class TritonAttention(PackedAttention):
     def backward_raw(self, grad: Tensor, out: Tensor, delta: Tensor, state: Any, docs: Docs, raw: RawHeads) -> Tensor:
         flat, layer = raw.d_merged.flatten(0, -2), raw.layer
         half = raw.rope[0].size(-1)
-        if half & (half - 1) or not half:
+        if half & (half - 1):
             return super().backward_raw(grad, out, delta, state, docs, raw)
         q, k, v = flat.tensor_split(layer.columns, 1)[:3]
         grads = q.view(grad.shape), *(x.unflatten(1, (-1, layer.head_dim)) for x in (k, v))
@@ -1568,9 +1567,9 @@ if triton is not None:
     ):  # fmt: skip  # noqa: PLR0913
         """a (M, K) times b, (N, K) transposed or in BACKWARD (K, N), through tensor descriptors; one program per core.
 
-        128 x 256 fills a Hopper core's two warp groups, three stages of 128 bytes a row take 144 KB. The loop over
-        tiles is flattened, so that the copy engine fetches the next tile under this one's epilogue, and the accumulator
-        leaves in halves through one buffer of 32 KB.
+        128 x 256 fills a Hopper core's two warp groups, three stages of 128 bytes a row take 144 KB, forward four 192.
+        The loop over tiles is flattened, so that the copy engine fetches the next tile under this one's epilogue, and
+        the accumulator leaves in halves through one buffer of 32 KB.
         """
         tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
         if scale_ptr is not None:
@@ -1701,7 +1700,7 @@ def float8_factor(d: int) -> float:
 
 
 def float8_gradient_factor(tokens: int) -> float:
-    """A power of two for gradients of one of MICRO_STEPS micro-batches: 14 times what was seen is still in range."""
+    """A power of two for gradients of one of MICRO_STEPS micro-batches: 3.5 times what was seen is in range."""
     return 32.0 * MICRO_STEPS * 2.0 ** math.floor(math.log2(tokens))
 
 
@@ -1827,12 +1826,7 @@ if triton is not None:
             if dn_ptr is not None:
                 dn = stream(dn_ptr, at, inside)
                 rstd = tl.load(rstd_ptr + row, mask=row < M, other=0.0)
-                kind = n_ptr.dtype.element_ty
-                if dmix_ptr is not None:
-                    u = (m0[None, :] * x + m1[None, :] * x0).to(kind).to(tl.float32)
-                    n = (u * rstd[:, None] * scale).to(kind).to(tl.float32)  # as forward made it: a stream less to read
-                else:
-                    n = stream(n_ptr, at, inside)
+                n = stream(n_ptr, at, inside)
                 along = tl.sum(dn * n, 1) / (D * scale * scale)
                 du += rstd[:, None] * scale * (dn - n * along[:, None])
             dx = factor * du
@@ -1923,7 +1917,7 @@ def _row_tile(d: int) -> dict[str, int]:
 
 def mix_norm_forward(
     x: Tensor, x0: Tensor | None, mix: Tensor | None, scale: float, keep_sum: bool, n8: Tensor | None = None
-) -> list[Tensor]:
+) -> tuple[Tensor | None, Tensor, Tensor]:
     """-> u or None, n = scale rms(u), rstd (M,) in float32; u is the mix of x and x0, or x. Reads and writes once.
 
     n8, room for n in 8 bits, receives n times `float8_factor`.
@@ -2019,7 +2013,9 @@ def lanes_forward(x: Tensor, lane: Tensor, a: Tensor, b: Tensor, keep: Tensor, p
     return new_x, new_lane
 
 
-def lanes_backward(gx: Tensor, gl: Tensor, x: Tensor, lane: Tensor, a: Tensor, b: Tensor, post: Tensor) -> list[Tensor]:
+def lanes_backward(
+    gx: Tensor, gl: Tensor, x: Tensor, lane: Tensor, a: Tensor, b: Tensor, post: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """-> da, db, dkeep (2,), dpost (2, 2)."""
     da, db, block = torch.empty_like(a), torch.empty_like(b), 1024
     programs = min(_walkers(x), triton.cdiv(x.numel(), block))
@@ -2046,7 +2042,7 @@ if triton is not None:
         Columns beyond the rotated ones have cosine 1 and sine 0; `turned` masks the loads of partners to the others.
         """
         turned = mask & (c < 2 * HALF)[None, :]
-        at = position[:, None] * HALF + (c % max(HALF, 1))[None, :]
+        at = position[:, None] * HALF + (c % HALF)[None, :]
         cos = tl.load(cos_ptr + at, mask=turned, other=1.0).to(tl.float32)
         sin = tl.load(sin_ptr + at, mask=turned, other=0.0).to(tl.float32)
         return cos, tl.where((c < HALF)[None, :], sin, -sin), tl.where(c < HALF, c + HALF, c - HALF), turned
@@ -2285,14 +2281,20 @@ def gate_backward(grad: Tensor, y: Tensor, merged: Tensor, d_merged: Tensor, lay
     return dy, delta
 
 
-def softcapped_logits(hidden: Tensor, embedding: Tensor, cap: float) -> Tensor:
-    """hidden (..., D), embedding (V, D) -> logits (..., V) in float32, bounded by +-cap (arXiv 2408.00118)."""
-    return cap * torch.tanh(F.linear(hidden, embedding).float() / cap)
+def softcapped_logits(hidden: Tensor, embedding: Tensor, cap: float, more: Tensor | None = None) -> Tensor:
+    """hidden (..., D), embedding (V, D) -> logits (..., V) in float32, bounded by +-cap (arXiv 2408.00118).
+
+    more: what an adapter adds before the cap.
+    """
+    logits = F.linear(hidden, embedding)
+    return cap * torch.tanh((logits if more is None else logits + more).float() / cap)
 
 
-def softcapped_loss(hidden: Tensor, embedding: Tensor, targets: Tensor, cap: float) -> Tensor:
+def softcapped_loss(
+    hidden: Tensor, embedding: Tensor, targets: Tensor, cap: float, more: Tensor | None = None
+) -> Tensor:
     """Cross-entropy in nats per token, float32, in the shape of `targets`."""
-    logits = softcapped_logits(hidden, embedding, cap)
+    logits = softcapped_logits(hidden, embedding, cap, more)
     return F.cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction="none").view_as(targets)
 
 
@@ -2504,7 +2506,7 @@ def usable_tokens(path: Path) -> int:
 
 
 def _shards(cfg: Config, pattern: str) -> list[Path]:
-    return [Path(p) for p in sorted(glob.glob(str(cfg.shard_dir / pattern)))]
+    return sorted(cfg.shard_dir.glob(pattern))
 
 
 def train_files(cfg: Config) -> list[Path]:
@@ -2715,9 +2717,10 @@ def load_validation(cfg: Config) -> ValidationSet:
     if not (tokens == BOS).any():
         raise Stop(f"the validation shards hold no document start (id {BOS}): prepare them again", 2)
     if int(tokens.max()) >= cfg.vocab_size:
-        raise Stop(f"validation token {int(tokens.max())} is outside VOCAB_SIZE={cfg.vocab_size}", 2)
+        most = int(tokens.max())
+        raise Stop(f"validation token {most} is outside VOCAB_SIZE={cfg.vocab_size}: set that of their tokenizer", 2)
     if len(tokens) < 2:
-        raise Stop("the validation shards hold no target", 2)
+        raise Stop("the validation shards hold no target: prepare them from more text", 2)
     sp = load_tokenizer(cfg)
     marks = [i for i in range(sp.vocab_size()) if sp.id_to_piece(i) in CASEOPS_MARKS]
     if not cfg.caseops_enabled:
@@ -2780,12 +2783,11 @@ def plan_depth(n_layers: int, loops: int, start: int, end: int, lanes_from: int)
     Decoder step k takes the latest kept encoder output; lanes exist in the decoder from layer `lanes_from` (0: never).
     """
     looped = list(range(start, end + 1)) * loops
-    order = [*range(min(end + 1, n_layers)), *looped, *range(end + 1, n_layers)] if loops else [*range(n_layers)]
+    order = [*range(min(end + 1, n_layers)), *looped, *range(end + 1, n_layers)]
     half = len(order) // 2
-    skips = min(half, len(order) - half)
     return tuple(
         Visit(
-            layer, at >= half and 0 < lanes_from <= layer, at < half, at - half if 0 <= at - half < skips else None,
+            layer, at >= half and 0 < lanes_from <= layer, at < half, at - half if half <= at < 2 * half else None,
             order[:at].count(layer),
         )
         for at, layer in enumerate(order)
@@ -3180,19 +3182,13 @@ def _flatten_gradients(grads: Mapping[str, Tensor], deltas: Deltas) -> list[Tens
 N_ATTEND, N_FEED = 11, 5  # tensors that the two halves save
 
 
-def _trains(needs_gradient: Sequence[bool]) -> bool:
-    """Whether the weights learn, which they do together: W_qkv stands for all."""
-    n_pairs, at = 2 * len(Deltas._fields), LayerWeights._fields.index("qkv")
-    return needs_gradient[len(needs_gradient) - n_pairs - len(LayerWeights._fields) + at]
-
-
 class FusedSerial(torch.autograd.Function):
     """`serial_block`."""
 
     @staticmethod
     def forward(ctx, call, x, x0, *tensors):
         w, deltas = _unflatten(tensors)
-        ctx.call, ctx.train = call, _trains(ctx.needs_input_grad)
+        ctx.call, ctx.train = call, w.qkv.requires_grad  # the weights learn together
         u, attend_saved, ctx.state = _attend_forward(x, x0, w, call, deltas, True, ctx.train)
         out, feed_saved = _feed_forward(u, w, call, deltas, True, ctx.train)
         ctx.set_materialize_grads(False)
@@ -3223,7 +3219,7 @@ class FusedTwoLane(torch.autograd.Function):
     @staticmethod
     def forward(ctx, call, x, lane, x0, *tensors):
         w, deltas = _unflatten(tensors)
-        ctx.call, ctx.train = call, _trains(ctx.needs_input_grad)
+        ctx.call, ctx.train = call, w.qkv.requires_grad  # the weights learn together
         a, attend_saved, ctx.state = _attend_forward(x, x0, w, call, deltas, False, ctx.train)
         b, feed_saved = _feed_forward(lane, w, call, deltas, False, ctx.train)
         new_x, new_lane = lanes_forward(x, lane, a, b, w.keep, w.post)
@@ -3291,11 +3287,9 @@ FUSED = Kernels(
 
 def choose_kernels(cfg: Config, device: torch.device) -> Kernels:
     """The fastest kernels that this device and these packages allow, with the reason."""
-    if cfg.kernels == "spec" or device.type == "cpu":
+    if cfg.kernels == "spec" or device.type == "cpu" or cfg.compute_dtype == "float32":
         kind = "sdpa" if cfg.attention == "auto" else cfg.attention
         return SPEC._replace(attention=ATTENTION_KINDS[kind], why=f"attention {kind}, plain PyTorch")
-    if cfg.compute_dtype == "float32":
-        return SPEC._replace(why="attention sdpa, plain PyTorch: float32")
     kind, why = cfg.attention, "asked for"
     if kind == "auto":
         kind, why = best_attention(cfg, hopper(device))
@@ -3529,7 +3523,7 @@ class GPT(nn.Module):
             peek = tap and (lambda site, t, i=visit.layer: tap(f"blocks.{i}.{site}", t))
             if visit.two_lane and lane is None:
                 lane = x  # before the skip, which is merged into the attention lane alone
-            if visit.skip is not None and kept:
+            if visit.skip is not None:
                 x = kernels.merge(x, kept.pop(), skips[visit.skip])
             if visit.two_lane:
                 x, lane, x0 = kernels.two_lane(x, lane, x0, *args, peek)
@@ -3595,16 +3589,13 @@ class GPT(nn.Module):
         if tap is not None:
             tap("head", hidden)
         embedding, cap = self.tok_emb.weight.to(self.dtype), self.cfg.logit_softcap
-        if head is not None:  # few positions: the logits may stand in memory
-            logits = F.linear(hidden, embedding) + low_rank(hidden, head)
-            logits = cap * torch.tanh(logits.float() / cap)
-            if targets is None:
-                return logits
-            loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
-        elif targets is None:
-            return softcapped_logits(hidden, embedding, cap)
-        else:
+        more = None if head is None else low_rank(hidden, head)
+        if targets is None:
+            return softcapped_logits(hidden, embedding, cap, more)
+        if more is None:
             loss = self.kernels.loss(hidden, embedding, targets, cap)
+        else:  # few positions: the logits may stand in memory
+            loss = softcapped_loss(hidden, embedding, targets, cap, more)
         return loss.mean() if reduction == "mean" else loss
 
 
