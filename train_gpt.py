@@ -111,8 +111,8 @@ class Config:
     artifact_dir: str = ""               # the public script's name for RUN_DIR
     from_stage: str = ""                 # start at calibrate, quantize, pack, evaluate or ttt from what RUN_DIR holds
     resume: bool = False                 # continue training from the checkpoint in RUN_DIR
-    checkpoint_every: int = 1000         # steps between training checkpoints; 0: only when the run is stopped
-    save_pre_gptq: bool = False          # also write pre_gptq.pt: the averaged float weights as a plain state dict
+    checkpoint_every: int = 1000         # steps between training checkpoints (0.5 s each); 0: only when it is stopped
+    save_pre_gptq: bool = False          # also write pre_gptq.pt: the averaged float weights, flat: a tensor per matrix
     eval_only_checkpoint: str = ""       # state dict to quantize, pack and score instead of training
     eval_only_artifact: str = ""         # artifact to score; needs no training data
     deterministic: bool = False          # same bits for same seed, machine and ranks; TTT for any number of ranks
@@ -484,7 +484,8 @@ def config_rules(c: Config) -> list[tuple[bool, str]]:
     return named + follow_up_rules(c) + [
         (not c.tie_embeddings, "TIE_EMBEDDINGS=0: an untied head has no optimizer and does not fit; set it to 1"),
         (c.train_batch_tokens % MICRO_STEPS != 0, f"TRAIN_BATCH_TOKENS must be divisible by {MICRO_STEPS}"),
-        (c.micro_batch_tokens < c.train_seq_len, "TRAIN_BATCH_TOKENS / 8 must be at least TRAIN_SEQ_LEN"),
+        (not c.eval_only_artifact and c.micro_batch_tokens < c.train_seq_len,
+         "TRAIN_BATCH_TOKENS / 8 must be at least TRAIN_SEQ_LEN"),
         (c.model_dim % c.num_heads != 0, "MODEL_DIM must be divisible by NUM_HEADS"),
         (c.num_heads % c.num_kv_heads != 0, "NUM_HEADS must be divisible by NUM_KV_HEADS"),
         (c.rope_dims % 2 == 1 or c.rope_dims > c.head_dim, f"ROPE_DIMS must be even and at most {c.head_dim}"),
@@ -1219,7 +1220,7 @@ if triton is not None:
     def attention_kernel(  # noqa: PLR0913
         q, k, v, out_ptr, lse_ptr, first_ptr, last_ptr, tiles_ptr, T, scale,
         R: tl.constexpr, K: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
-    ):  # fmt: skip  # noqa: PLR0913
+    ):  # fmt: skip
         """M tokens of the R heads of a group; keys in tiles of N, first those that all see, then the others.
 
         lse: the base-2 logarithm of each row's sum, from which backward makes the weights again.
@@ -1255,7 +1256,7 @@ if triton is not None:
         rstd_ptr, gain_ptr, cos_ptr, sin_ptr, dgain_ptr, length, TOKEN: tl.constexpr,
         G: tl.constexpr, R: tl.constexpr, K: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
         HALF: tl.constexpr,
-    ):  # fmt: skip  # noqa: PLR0913
+    ):  # fmt: skip
         """Gradient of the queries, by the tiles of the forward kernel; of the raw ones and the gains, given a rotation.
 
         dgain (tiles, H): sums of a program, the tokens' part of the gradient of each head's gain.
@@ -1302,7 +1303,7 @@ if triton is not None:
         rstd_ptr, cos_ptr, sin_ptr, length, TOKEN: tl.constexpr, ADD_VALUES: tl.constexpr,
         G: tl.constexpr, R: tl.constexpr, K: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
         HALF: tl.constexpr,
-    ):  # fmt: skip  # noqa: PLR0913
+    ):  # fmt: skip
         """Gradients of N own keys and values, from all heads of their group; all products transposed: keys are rows.
 
         Given a rotation, of the raw keys. ADD_VALUES: to what stands where the gradient of the values goes.
@@ -1424,10 +1425,10 @@ class TritonAttention(PackedAttention):
         self.launch(grad, delta, state, docs.spans, grads, raw, d_gain)
         return d_gain.sum(0)
 
-    def launch(  # noqa: PLR0913
+    def launch(
         self, grad: Tensor, delta: Tensor, state: Any, s: Spans, grads: Sequence[Tensor],
         raw: RawHeads | None = None, d_gain: Tensor | None = None,
-    ) -> None:  # fmt: skip  # noqa: PLR0913
+    ) -> None:  # fmt: skip
         """Fills `grads`, those of q (T, G, R, K), k and v (T, G, K), or with `raw` of what these were made of."""
         (q, k, v, *seen, lse), (t, g, r, size), (dq, dk, dv) = state, grad.shape, grads
         (m, n, keys), scale = self.tile(grad.is_cuda, r), size**-0.5
@@ -1547,7 +1548,7 @@ if triton is not None:
     @triton.jit
     def leaky_finish(  # noqa: PLR0913
         acc, kept, out, out8, factor, m, n, a_p, b_p, a_n, b_n, XIELU: tl.constexpr, BACKWARD: tl.constexpr
-    ):  # noqa: PLR0913
+    ):
         """The end of half a tile. Forward: out = f(acc), and kept = acc for xIELU. Backward: out = acc f'(kept)."""
         if BACKWARD:
             acc *= activation_slope(kept.load([m, n]), a_p, b_p, a_n, b_n, XIELU)
@@ -1564,7 +1565,7 @@ if triton is not None:
         a, b, kept, out, out8, factor, scale_ptr, M, N, K, a_p, b_p, a_n, b_n,
         XIELU: tl.constexpr, BACKWARD: tl.constexpr,
         BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
-    ):  # fmt: skip  # noqa: PLR0913
+    ):  # fmt: skip
         """a (M, K) times b, (N, K) transposed or in BACKWARD (K, N), through tensor descriptors; one program per core.
 
         128 x 256 fills a Hopper core's two warp groups, three stages of 128 bytes a row take 144 KB, forward four 192.
@@ -1593,7 +1594,7 @@ if triton is not None:
         a_ptr, b_ptr, kept_ptr, out_ptr, out8_ptr, factor, scale_ptr, M, N, K, b_stride_n, b_stride_k,
         a_p, b_p, a_n, b_n, XIELU: tl.constexpr, BACKWARD: tl.constexpr,
         BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
-    ):  # fmt: skip  # noqa: PLR0913
+    ):  # fmt: skip
         """The same by address: any size, any strides of b (N, K), any GPU."""
         m, n = leaky_tile(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP)
         m, n, k = m + tl.arange(0, BLOCK_M), n + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
@@ -1638,7 +1639,7 @@ def _fits_tma(*tensors: Tensor) -> bool:
 def _leaky_gemm(  # noqa: PLR0913
     a: Tensor, b: Tensor, kept: Tensor, out: Tensor, f: Xielu | None, backward: bool,
     scale: Tensor | None = None, out8: Tensor | None = None, factor: float = 0.0,
-) -> None:  # fmt: skip  # noqa: PLR0913
+) -> None:  # fmt: skip
     """b: (F, D) forward, (D, F) backward. f: None for the leaky square. scale: of operands in 8 bits."""
     (M, K), N = a.shape, out.size(1)
     m, n, k = blocks = (128, 256, 64 if scale is None else 128) if a.is_cuda else (32, 32, 32)
@@ -1780,7 +1781,7 @@ if triton is not None:
     def mix_norm_kernel(  # noqa: PLR0913
         x_ptr, x0_ptr, mix_ptr, u_ptr, n_ptr, n8_ptr, rstd_ptr, scale, scale8, eps, M, D,
         ROWS: tl.constexpr, BLOCK: tl.constexpr,
-    ):  # fmt: skip  # noqa: PLR0913
+    ):  # fmt: skip
         """u = mix0 x + mix1 x0 (x alone without x0); n = scale u rstd, rstd = 1 / rms(u); n8 = scale8 u rstd."""
         row, col = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK)
         inside = (row[:, None] < M) & (col[None, :] < D)
@@ -1804,7 +1805,7 @@ if triton is not None:
     def mix_norm_backward_kernel(  # noqa: PLR0913
         g_ptr, dn_ptr, n_ptr, rstd_ptr, x_ptr, x0_ptr, mix_ptr, carry_ptr, keep_ptr, g0_ptr, dx_ptr, dx0_ptr, dmix_ptr,
         scale, factor, M, D, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-    ):  # fmt: skip  # noqa: PLR0913
+    ):  # fmt: skip
         """du = g + norm's gradient; dx = mix0 du (without a mix: factor du) + keep carry; dx0 = g0 + mix1 du.
 
         dmix: sums over rows of du x and du x0.
@@ -1852,7 +1853,7 @@ if triton is not None:
     @triton.jit
     def lanes_kernel(  # noqa: PLR0913
         x_ptr, lane_ptr, a_ptr, b_ptr, keep_ptr, post_ptr, new_x_ptr, new_lane_ptr, size, BLOCK: tl.constexpr,
-    ):  # fmt: skip  # noqa: PLR0913
+    ):  # fmt: skip
         """`update_lanes`, elementwise: four streams in, two out."""
         at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
         inside = at < size
@@ -1870,7 +1871,7 @@ if triton is not None:
     @triton.jit
     def lanes_backward_kernel(  # noqa: PLR0913
         gx_ptr, gl_ptr, x_ptr, lane_ptr, a_ptr, b_ptr, post_ptr, da_ptr, db_ptr, sums_ptr, size, BLOCK: tl.constexpr,
-    ):  # fmt: skip  # noqa: PLR0913
+    ):  # fmt: skip
         """Gradients of a and b, and per program the six products that are the gradients of keep and post.
 
         Six streams in, two out; those of x and lane are factors of gx and gl, applied by the kernel that reads them.
@@ -1953,7 +1954,7 @@ def mix_norm_backward(  # noqa: PLR0913
     dn: Tensor | None, n: Tensor | None, rstd: Tensor | None, scale: float, more: NormGradients,
     mix: Tensor | None = None, factor: float = 1.0, inputs: tuple[Tensor, Tensor] | None = None,
     want: tuple[bool, bool] = (True, False),
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip  # noqa: PLR0913
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """-> dx, dx0 (those that `want` asks for), and dmix where the inputs (x, x0) of the mix are given.
 
     Without a norm dn, n and rstd are None, and the gradient of u is `more.g` alone.
@@ -2438,7 +2439,7 @@ if triton is not None:
     def adamw_kernel(  # noqa: PLR0913
         bias_ptr, rates_ptr, grad_ptr, values_ptr, live_ptr, first_ptr, second_ptr, P, beta1, beta2, eps, decay,
         BLOCK: tl.constexpr,
-    ):  # fmt: skip  # noqa: PLR0913
+    ):  # fmt: skip
         """BLOCK columns of one row; its neighbors in time are the same columns of other rows, with the same rates."""
         n_rows = tl.num_programs(0) // tl.cdiv(P, BLOCK)  # as an argument, each kind of number would be another kernel
         col = tl.program_id(0) // n_rows * BLOCK + tl.arange(0, BLOCK)
@@ -3146,9 +3147,9 @@ def _feed_forward(
     return b, [n, rstd, kept, act if train else None, _low_rank_forward(b, n, deltas.mlp_bypass)]
 
 
-def _feed_backward(  # noqa: PLR0913
+def _feed_backward(
     grad: Tensor, saved: Sequence[Tensor | None], w: LayerWeights, call: BlockCall, deltas: Deltas, train_weights: bool
-) -> tuple[Tensor, dict[str, Tensor], tuple[Tensor | None, Tensor | None]]:  # noqa: PLR0913
+) -> tuple[Tensor, dict[str, Tensor], tuple[Tensor | None, Tensor | None]]:
     """-> gradient of n, of the weights by name, of the bypass."""
     n, _, kept, act, z = saved
     up8, factor = call.ctx.fp8.up_transposed, float8_gradient_factor(len(kept))
@@ -4159,7 +4160,8 @@ class TrainLog:
     """
 
     def __init__(self, model: GPT, run: Run, watch: Stopwatch):
-        self.model, self.cfg, self.run, self.watch, self.began = model, model.cfg, run, watch, time.monotonic()
+        self.model, self.cfg, self.run, self.watch = model, model.cfg, run, watch
+        self.began = time.monotonic() - watch.seconds()  # as if there had been no resume
         self.pending: tuple[Arrival, dict[str, Any]] | None = None
 
     def add(self, progress: Progress, loss: Tensor, lr_mul: float) -> None:
@@ -4176,10 +4178,7 @@ class TrainLog:
             self.run.log(f"{step}/{cfg.iterations} {line}")
             for text in filter(None, (switch.line(self.model) for switch in self.model.switches)):
                 self.run.log(text)
-        self.run.progress("training", *self._share(progress), self.began, every=20)
-
-    def _share(self, progress: Progress) -> tuple[float, float]:
-        return training_fraction(self.cfg, progress.step, self.watch.seconds()), 1.0
+        self.run.progress("training", training_fraction(cfg, step, seconds), 1.0, self.began, every=20)
 
     def settle(self) -> float:
         """The latest loss, checked and written."""
@@ -4195,6 +4194,9 @@ class TrainLog:
 
 def train(cfg: Config, run: Run, model: GPT, val: ValidationSet) -> Progress:
     """Trains until ITERATIONS or the wall-clock budget; the model ends with the averaged weights."""
+    if not cfg.resume:  # an earlier run's is no checkpoint of this one, for a restart or for `stop_at_nan`
+        old = run.folder / "checkpoint.pt"
+        run.alone(lambda: old.is_file() and old.replace(old.with_name("checkpoint_before.pt")))
     optimizer, average = Optimizer(model, cfg, run), WeightAverage(model, cfg.ema_decay)
     gradients = micro_batches(cfg, run, model, byte_weights(cfg, run))
     prime(cfg, run, model, optimizer, gradients)
@@ -4203,7 +4205,7 @@ def train(cfg: Config, run: Run, model: GPT, val: ValidationSet) -> Progress:
     run.sync()
     run.barrier()
     watch = Stopwatch(progress.seconds)
-    log = TrainLog(model, run, watch)
+    log, first = TrainLog(model, run, watch), progress.step
     while True:
         # Every rank follows the clock of rank 0, so schedules and the loop's onset agree to the step.
         progress.seconds, stop = run.agree(watch.seconds() if run.main else 0.0, run.stop_signal)
@@ -4216,7 +4218,7 @@ def train(cfg: Config, run: Run, model: GPT, val: ValidationSet) -> Progress:
                 run.log(f"{step}/{cfg.iterations} val_loss: {score.loss:.4f} val_bpb: {score.bpb:.4f}")
                 for switch in model.switches if run.main else ():
                     switch.observe(model, val, run, step)
-        due = cfg.checkpoint_every > 0 and step > 0 and step % cfg.checkpoint_every == 0
+        due = cfg.checkpoint_every > 0 and step > first and step % cfg.checkpoint_every == 0
         if stop or (due and not done):
             log.settle()
             save_checkpoint(run, model, optimizer, average, progress)
@@ -4362,7 +4364,7 @@ def gptq(  # noqa: PLR0913
     scale_bits: int = 10,
     say: Callable[[str], None] = print,
     tick: Callable[[int], None] = lambda columns: None,
-) -> tuple[Tensor, Tensor]:  # noqa: PLR0913
+) -> tuple[Tensor, Tensor]:
     """Quantizes weight (..., rows, cols) column by column, each error passed on to the columns not yet done.
 
     hessian (..., cols, cols): sum of x^T x over the inputs. Returns int8 in +-(2^(bits-1) - 1) and a float16 scale per
@@ -4497,8 +4499,9 @@ def relative_steps(
     steps = {n: flat[n].new_full((len(flat[n]),), math.exp(logs[n] - total / size) if n in logs else 1) for n in names}
     if cfg.embed_step_power:
         embedding = flat["tok_emb.weight"].float()
-        most = embedding.abs().amax(1) / (cfg.embed_clip_sigmas * embedding.std(dim=1)).clamp_min(1e-10)
-        steps["tok_emb.weight"] = torch.maximum(token_steps(counts.to(most.device), cfg.embed_step_power), most)
+        # Frequent tokens' finer steps may not clip: at this step a row's range ends at its largest entry.
+        least = embedding.abs().amax(1) / (cfg.embed_clip_sigmas * embedding.std(dim=1)).clamp_min(1e-10)
+        steps["tok_emb.weight"] = torch.maximum(token_steps(counts.to(least.device), cfg.embed_step_power), least)
     return steps
 
 
@@ -4555,7 +4558,7 @@ def code_small(name: str, x: Tensor, cfg: Config) -> Coded:
 def code_share(
     share: Sequence[Batch], flat: Mapping[str, Tensor], hessians: Mapping[str, Tensor], steps: Mapping[str, Tensor],
     cfg: Config, run: Run,
-) -> tuple[dict[str, tuple], list[str], str]:
+) -> tuple[dict[str, Coded], list[str], str]:
     """One rank's part: its coded matrices, what GPTQ had to say, and what it failed at, if it did."""
     coded, notes, done, began = {}, [], 0, time.monotonic()
     total = sum(b.columns for b in share)
@@ -4566,7 +4569,7 @@ def code_share(
             part = code_batch(b, flat, hessians, steps, scale_bits=cfg.scale_bits, say=say, tick=tick)
         except ValueError as e:
             return {}, notes, str(e)
-        coded |= {name: tuple(c) for name, c in part.items()}
+        coded |= part
         done += b.columns
     return coded, notes, ""
 
@@ -4583,7 +4586,7 @@ def quantize(state: Mapping[str, Tensor], hessians: Mapping[str, Tensor], cfg: C
         run.log(f"GPTQ: {note}")
     if troubles := [trouble for *_, trouble in shares if trouble]:
         raise Stop(troubles[0])
-    matrices = {name: Coded(*parts) for coded, *_ in shares for name, parts in coded.items()}
+    matrices = {name: c for coded, *_ in shares for name, c in coded.items()}
     by_gptq = {name for b in batches for stack in b.stacks for name in stack}
     every = {name: matrices[name] if name in by_gptq else code_small(name, x, cfg) for name, x in flat.items()}
     log_categories(every, run)
@@ -4768,18 +4771,16 @@ COMPRESSORS: dict[str, tuple[Callable[[bytes], bytes], Callable[[bytes, int], by
 }  # fmt: skip
 
 
-def section_of(name: str, coded: Coded) -> str:
+def section_of(name: str, kind: str) -> str:
     """Tensors of one section share their statistics and are compressed together."""
-    if coded.kind == "gptq":
-        return re.sub(r"^blocks\.\d+\.", "", name)
-    return coded.kind
+    return re.sub(r"^blocks\.\d+\.", "", name) if kind == "gptq" else kind
 
 
 def _buffers(name: str, c: Coded) -> list[tuple[str, np.ndarray]]:
     """(section, values) of one tensor, in file order."""
     if c.kind == "float16":
         return [("float16", c.values.numpy())]
-    return [(section_of(name, c), c.codes.numpy()[by_scale(c.scale)]), ("float16", c.scale.numpy())]
+    return [(section_of(name, c.kind), c.codes.numpy()[by_scale(c.scale)]), ("float16", c.scale.numpy())]
 
 
 def by_scale(scale: Tensor) -> np.ndarray:
@@ -4829,7 +4830,7 @@ def pack(coded: Mapping[str, Coded], looped: int, cfg: Config) -> bytes:
 def read_header(blob: bytes) -> tuple[dict[str, Any], bytes]:
     """Header and payload of an artifact, checked. Raises ArtifactError."""
     if blob[: len(MAGIC)] != MAGIC:
-        raise ArtifactError("not an artifact of this program (or of another version of it)")
+        raise ArtifactError("not an artifact of this version of the program")
     digest, body = blob[len(MAGIC) :][:32], blob[len(MAGIC) + 32 :]
     if hashlib.sha256(body).digest() != digest:
         raise ArtifactError("it is damaged or cut short (checksum): copy the file again")
@@ -4847,8 +4848,8 @@ def read_header(blob: bytes) -> tuple[dict[str, Any], bytes]:
     return header, body[size:]
 
 
-def _tensor_layout(header: dict[str, Any]) -> list[tuple[str, str, int, list[int], list[tuple[str, np.dtype, tuple]]]]:
-    """(name, kind, bits, shape, its buffers as (section, dtype, shape)) in file order. Raises ArtifactError."""
+def _tensor_layout(header: dict[str, Any]) -> list[tuple[str, str, int, list[tuple[str, np.dtype, tuple]]]]:
+    """(name, kind, bits, its buffers as (section, dtype, shape)) in file order. Raises ArtifactError."""
     rows, total = [], 0
     for entry in header["tensors"]:
         try:
@@ -4859,14 +4860,14 @@ def _tensor_layout(header: dict[str, Any]) -> list[tuple[str, str, int, list[int
             valid = False
         if not valid or (kind != "float16" and len(shape) != 2):
             raise ArtifactError(f"it describes an impossible tensor: {str(entry)[:80]}")
-        section = section_of(name, Coded(kind, bits, None, None, None))
         buffers = [("float16", np.dtype("<f2"), tuple(shape))]
         if kind != "float16":
-            buffers = [(section, np.dtype("i1"), tuple(shape)), ("float16", np.dtype("<f2"), (shape[0],))]
+            codes, scales = (np.dtype("i1"), tuple(shape)), (np.dtype("<f2"), (shape[0],))
+            buffers = [(section_of(name, kind), *codes), ("float16", *scales)]
         total += sum(d.itemsize * math.prod(s) for _, d, s in buffers)
         if total > RAW_LIMIT:
             raise ArtifactError(f"it would unpack to more than {RAW_LIMIT >> 20} MiB")
-        rows.append((name, kind, bits, shape, buffers))
+        rows.append((name, kind, bits, buffers))
     return rows
 
 
@@ -4890,7 +4891,7 @@ def unpack(blob: bytes) -> tuple[dict[str, Tensor], int, dict[str, Any]]:
     if at != len(payload) or next(lengths, None) is not None:
         raise ArtifactError("it holds more than its tensors need")
     flat = {}
-    for name, kind, bits, _, buffers in layout:
+    for name, kind, bits, buffers in layout:
         parts = [torch.from_numpy(np.frombuffer(streams[s].read(d.itemsize * math.prod(n)), d).reshape(n).copy())
                  for s, d, n in buffers]  # fmt: skip
         if kind == "float16":
@@ -5119,7 +5120,7 @@ def minify(source: str, keep: Sequence[str] = ()) -> str:
 
 
 STUB = """# -*- coding: latin-1 -*-
-import brotli,os,runpy,sys,tempfile
+import brotli,os,runpy,tempfile
 with tempfile.TemporaryDirectory() as d:
  p=os.path.join(d,"train_gpt.py");open(p,"wb").write(brotli.decompress('''{}'''.encode("latin-1")));runpy.run_path(p,run_name="__main__")
 """
@@ -5140,8 +5141,9 @@ def self_extracting(program: str) -> bytes:
 def build_submission(folder: Path, artifact: bytes, cfg: Config) -> dict[str, int]:
     """Writes submission/train_gpt.py and submission/final_model.int6.ptz; returns the bytes of each and their sum."""
     source = Path(__file__).read_text()
+    started = sys.orig_argv[-len(sys.argv)]  # the script, before its arguments
     # A submission that trains again submits itself: the file that unpacked this one.
-    code = Path(sys.orig_argv[-1]).read_bytes() if IS_SUBMISSION else self_extracting(minify(specialized(source, cfg)))
+    code = Path(started).read_bytes() if IS_SUBMISSION else self_extracting(minify(specialized(source, cfg)))
     write_atomically(folder / "train_gpt.py", lambda f: f.write(code))
     write_atomically(folder / ARTIFACT_NAME, lambda f: f.write(artifact))
     sizes = {"source": len(source.encode()), **{k: (folder / n).stat().st_size for k, n in
@@ -5174,10 +5176,7 @@ def windows(n_targets: int, chunk_size: int, context: int) -> list[Window]:
     return rows
 
 
-ADAPTED = ("q", "k", "v", "attn_bypass", "mlp_bypass")
-
-
-class Piece(NamedTuple):
+class AdapterMatrix(NamedTuple):
     """One low-rank matrix in a row of adapters."""
 
     site: str
@@ -5205,13 +5204,13 @@ class Adapters:
         outs = dict(q=d, k=kv, v=kv, attn_bypass=d, mlp_bypass=d, head=cfg.vocab_size)
         self.cfg, self.dtype = cfg, dtype
         self.scale = cfg.ttt_lora_alpha / rank if cfg.ttt_lora_alpha else 1.0
-        self.visits = {name: [*layers] for name in ADAPTED if wanted[name]} | {"head": [None]}
+        self.visits = {name: [*layers] for name, want in wanted.items() if want} | {"head": [None]}
         self.pieces, start, g = [], [], torch.Generator().manual_seed(cfg.seed)
         for site, mine in self.visits.items():
             a = (2 * torch.rand(len(mine), rank, d, generator=g) - 1) / d**0.5
             start += [a.flatten(), torch.zeros(len(mine) * outs[site] * rank)]
-            self.pieces += [Piece(site, "A", layer, (rank, d)) for layer in mine]
-            self.pieces += [Piece(site, "B", layer, (outs[site], rank)) for layer in mine]
+            self.pieces += [AdapterMatrix(site, "A", layer, (rank, d)) for layer in mine]
+            self.pieces += [AdapterMatrix(site, "B", layer, (outs[site], rank)) for layer in mine]
         self.sizes = [math.prod(p.shape) for p in self.pieces]
         rates = torch.tensor([adapter_lr(p.side, p.layer, cfg) for p in self.pieces])
         self.start = torch.cat(start).to(device)
@@ -5459,19 +5458,23 @@ class TestTimeScorer:
     """Scores batches of documents, each with adapters of its own that learn from what has been scored."""
 
     def __init__(self, model: GPT, val: ValidationSet, cfg: Config, run: Run):
-        self.model, self.val, self.cfg, self.run = model, val, cfg, run
-        self.tokens = torch.from_numpy(val.tokens.astype(np.int32)).to(run.device)
+        self.model, self.cfg, self.run = model, cfg, run
         self.cached = cfg.ttt_context == "cached"
         self.ahead = AHEAD if self.cached else 0
         self.window_step = min(64, cfg.ttt_eval_seq_len) if model.kernels.fused else 1
         if self.cached:
             self.window_step = cfg.ttt_chunk_size
-        self.byte_sums = np.concatenate([[0], np.cumsum(val.token_bytes)])
-        self.audit: Any = None  # an Audit; named here, it would stay in the submission
-        self.tapin = TapIn(self) if cfg.tapin_enabled else None
+        self.read(val)
         layers = [v.layer for v in model.plan]
         self.adapters = Adapters(cfg, 1, layers, model.dtype, run.device)
         self.cache = Cache(cfg, len(layers), model.dtype, run.device) if self.cached else None
+
+    def read(self, val: ValidationSet) -> None:
+        """Takes the text to score, without an audit."""
+        self.val, self.tokens = val, torch.from_numpy(val.tokens.astype(np.int32)).to(self.run.device)
+        self.byte_sums = np.concatenate([[0], np.cumsum(val.token_bytes)])
+        self.audit: Any = None  # an Audit; named here, it would stay in the submission
+        self.tapin = TapIn(self) if self.cfg.tapin_enabled else None
 
     def bytes_of(self, doc: Document) -> int:
         """Original bytes of a document's targets."""
@@ -5505,9 +5508,7 @@ class TestTimeScorer:
     def over(self, val: ValidationSet) -> TestTimeScorer:
         """This scorer, with its adapters and all it has built, on another text."""
         other = copy.copy(self)
-        other.val, other.tokens = val, torch.from_numpy(val.tokens.astype(np.int32)).to(self.run.device)
-        other.byte_sums = np.concatenate([[0], np.cumsum(val.token_bytes)])
-        other.audit, other.tapin = None, TapIn(other) if self.cfg.tapin_enabled else None
+        other.read(val)
         return other
 
     def run_batch(self, docs: Sequence[Document]) -> Meter:
@@ -5533,7 +5534,7 @@ class TestTimeScorer:
                 self.audit.see(parts, chunk, scores, adapters, cache)
             meter.add(scores * chunk.scored, chunk.n_tokens, chunk.n_bytes)
             meter.by_document[rows] += (scores.detach() * chunk.scored).double().sum(1)
-            self.learn_chunk(chunk, losses, adapters, cache)
+            self.learn_chunk(chunk, losses)
             if cache:
                 cache.commit()
         return meter
@@ -5547,19 +5548,19 @@ class TestTimeScorer:
         """Nats (N, C) of the chunk's targets, with the adapters as they are."""
         return self.model(chunk.inputs, chunk.targets, adapters=adapters, at=chunk.at, reduction="none", cache=cache)
 
-    def learn_chunk(self, chunk: Chunk, losses: Tensor, adapters: Adapters, cache: Cache | None) -> None:
+    def learn_chunk(self, chunk: Chunk, losses: Tensor) -> None:
         """Updates the adapters of the documents that go on, from the losses just scored."""
         if not chunk.goes_on:
             return
         for repeat in range(self.cfg.ttt_grad_steps):
             if repeat:
-                losses = self.score_chunk(chunk, adapters, cache)
-            self.update(chunk, losses, adapters)
+                losses = self.score_chunk(chunk, self.adapters, self.cache)
+            self.update(chunk, losses)
 
-    def update(self, chunk: Chunk, losses: Tensor, adapters: Adapters) -> None:
+    def update(self, chunk: Chunk, losses: Tensor) -> None:
         loss = ((losses * chunk.scored).mean(dim=1) * chunk.learn).sum()
-        (gradient,) = torch.autograd.grad(loss, adapters.live)
-        adapters.step(gradient, self.model.kernels.adamw)
+        (gradient,) = torch.autograd.grad(loss, self.adapters.live)
+        self.adapters.step(gradient, self.model.kernels.adamw)
 
     def gather(self, parts: Sequence[Part]) -> Chunk:
         """The chunk's tensors; a document without a window (finished) is a row of padding."""
@@ -5611,7 +5612,7 @@ class RecordedChunk:
         self.losses = TestTimeScorer.score_chunk(scorer, self.chunk, scorer.adapters, scorer.cache)
 
     def run_learn(self) -> None:
-        TestTimeScorer.update(self.scorer, self.chunk, self.losses, self.scorer.adapters)
+        TestTimeScorer.update(self.scorer, self.chunk, self.losses)
         self.losses = self.losses.detach()
 
 
@@ -5665,7 +5666,7 @@ class GraphedScorer(TestTimeScorer):
         recorded.score()
         return recorded.losses
 
-    def update(self, chunk: Chunk, losses: Tensor, adapters: Adapters) -> None:
+    def update(self, chunk: Chunk, losses: Tensor) -> None:
         self.at(chunk).learn()
 
 
@@ -5899,6 +5900,9 @@ def only_batches(phases: list[Phase], cfg: Config) -> list[Phase]:
     if not cfg.ttt_eval_batches:
         return phases
     wanted = {int(n) for n in cfg.ttt_eval_batches.split(",")}
+    if missing := sorted(wanted - {n for p in phases for n in p.numbers}):
+        last = max((n for p in phases for n in p.numbers), default=0)
+        raise Stop(f"TTT_EVAL_BATCHES: there is no batch {missing[0]}: choose from 1 to {last}", 2)
     pairs = sorted((n, b) for p in phases for n, b in zip(p.numbers, p.batches, strict=True) if n in wanted)
     return [Phase([b for _, b in pairs], [n for n, _ in pairs])]
 
@@ -6004,6 +6008,7 @@ def base_loss(model: GPT, tokens: np.ndarray, row: int, cfg: Config, run: Run) -
 # 13. PIPELINE: stages, resume, report, main
 # --------------------------------------------------------------------------------------------------------------------
 STAGES = ("train", "calibrate", "quantize", "pack", "evaluate", "ttt")
+TRAINED = ("steps", "train_seconds", "looped")  # numbers of the training that go with its weights from file to file
 
 
 def shape_fingerprint(cfg: Config, fields: Sequence[str] = MODEL_FIELDS) -> dict[str, Any]:
@@ -6023,8 +6028,6 @@ def load_stage_file(
         raise
     except Exception as e:  # torch raises many kinds for a damaged file
         raise Stop(f"{asked} cannot read {path} ({type(e).__name__}): start from an earlier stage", 2) from None
-    if name == "02_hessians.pt" and "tokens" not in state.get("hessians", ()):
-        raise Stop(f"{path} is of an earlier version, which counted no tokens: FROM_STAGE=calibrate", 2)
     ours = shape_fingerprint(cfg, fields)
     theirs = shape_fingerprint(Config(), fields) | theirs  # a file may be older than a setting
     if differ := [f"{k.upper()}={theirs[k]} there, {ours[k]} here" for k in ours if theirs[k] != ours[k]]:
@@ -6053,7 +6056,7 @@ def train_stage(cfg: Config, run: Run, val: ValidationSet, result: dict[str, Any
     reserved = torch.cuda.max_memory_reserved() >> 20 if run.device.type == "cuda" else run.peak_memory_mib()
     run.log(f"peak memory allocated: {run.peak_memory_mib()} MiB reserved: {reserved} MiB")
     result.update(steps=progress.step, train_seconds=progress.seconds, looped=progress.looped)
-    numbers = {k: result[k] for k in ("steps", "train_seconds", "looped")}
+    numbers = {k: result[k] for k in TRAINED}
     state = {"fingerprint": shape_fingerprint(cfg), "model": model.state_dict(), **numbers}
     run.save("01_weights.pt", lambda f: torch.save(state, f))
     run.training = False  # from here a signal ends the process at once
@@ -6074,7 +6077,7 @@ def restored_model(cfg: Config, run: Run, result: dict[str, Any]) -> GPT:
     model, state = new_model(cfg, run), load_stage_file(cfg, run, "01_weights.pt", f"FROM_STAGE={cfg.from_stage}")
     model.load_state_dict(state["model"])
     model.looped = state["looped"]
-    result.update({k: state[k] for k in ("steps", "train_seconds", "looped")})
+    result.update({k: state[k] for k in TRAINED})
     return model
 
 
@@ -6138,14 +6141,14 @@ def quantize_stage(
     state = {k: v.detach() for k, v in model.state_dict().items()}
     run.save("final_model.pt", lambda f: torch.save(state, f))
     if cfg.save_pre_gptq:
-        run.save("pre_gptq.pt", lambda f: torch.save(state, f))
+        run.save("pre_gptq.pt", lambda f: torch.save(unbank(state), f))
     with run.stage("quantize") as clock:
         coded = quantize(state, hessians, cfg, run)
     result["quantize_seconds"] = clock["seconds"]
     if run.main:
         run.log(f"Serialized model: {(run.folder / 'final_model.pt').stat().st_size} bytes")
     file = {"fingerprint": shape_fingerprint(cfg, CODED_FIELDS), "coded": {k: tuple(c) for k, c in coded.items()},
-            **{k: result.get(k) for k in ("steps", "train_seconds", "looped")}}  # fmt: skip
+            **{k: result.get(k) for k in (*TRAINED, "calibrate_seconds")}}  # fmt: skip
     run.save("03_coded.pt", lambda f: torch.save(file, f))
     return coded
 
@@ -6241,16 +6244,16 @@ def pipeline(cfg: Config, run: Run) -> dict[str, Any]:
     preflight(cfg, run, needs_training_data=at <= STAGES.index("calibrate"))
     val = load_validation(cfg)
     result: dict[str, Any] = {"seed": cfg.seed, "world": run.world}
-    made, model = at <= STAGES.index("pack"), None
+    makes, model = at <= STAGES.index("pack"), None  # or else an artifact is there
     if cfg.float_checkpoint:
         model = checkpoint_model(cfg, run)
-    elif not made:
+    elif not makes:
         model = model_from_artifact(cfg, run, artifact_to_score(cfg, run))
     open_folder(run)  # what is refused has been refused: nothing was written before
     describe_run(cfg, run, val)
     for switch in switches(cfg):
         switch.begin(run)
-    if made:
+    if makes:
         blob = make_artifact(cfg, run, val, result, at, model)
         if run.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -6271,7 +6274,7 @@ def make_artifact(
     """
     if at == STAGES.index("pack"):
         state = load_stage_file(cfg, run, "03_coded.pt", "FROM_STAGE=pack", CODED_FIELDS)
-        result.update({k: state[k] for k in ("steps", "train_seconds", "looped") if state[k] is not None})
+        result.update({k: state[k] for k in (*TRAINED, "calibrate_seconds") if state.get(k) is not None})
         coded = {
             k: Coded(*(p.cpu() if isinstance(p, Tensor) else p for p in parts)) for k, parts in state["coded"].items()
         }
@@ -6345,7 +6348,7 @@ def report(cfg: Config, run: Run, result: dict[str, Any]) -> bool:
         if key in result:
             run.log(f"| {label} | {result[key]:.5f} |")
     if result.get("bpb_ttt", 0) > result.get("bpb_quantized", math.inf):
-        run.log("WARNING: test-time training made the score worse: raise TTT_WEIGHT_DECAY or lower its rates")
+        run.log("WARNING: test-time training made the score worse: raise TTT_WEIGHT_DECAY or lower TTT_LORA_LR")
     training = result.get("train_seconds", 0) + result.get("calibrate_seconds", 0)
     gates = [
         ("artifact bytes", result.get("total_bytes"), ARTIFACT_LIMIT),
@@ -6580,7 +6583,7 @@ def switch_rules(c: Config) -> list[tuple[bool, str]]:
         (len(gains) not in (0, c.num_layers), f"QK_GAIN_PER_LAYER needs {c.num_layers} numbers, has {len(gains)}"),
         (bool(per_pass) and c.num_loops == 0, "RECUR_ and CROSS_PASS_ switches need NUM_LOOPS above 0"),
         (c.recur_alpha_enabled and [len(row) for row in alphas] != [c.looped_layers] * c.num_loops, shape),
-        (stages != sorted(stages) or loops != sorted(loops) or loops[-1] != c.num_loops or loops[0] < min(loops[-1], 0),
+        (stages != sorted(stages) or loops != sorted(loops) or loops[-1] != c.num_loops or loops[0] < 0,
          f"LOOP_CURRICULUM must rise, in fractions and in passes, and end at NUM_LOOPS={c.num_loops}"),
         (bool(c.loop_curriculum) and c.recur_homotopy, "choose one of LOOP_CURRICULUM and RECUR_HOMOTOPY"),
         (c.recur_homotopy and not 0 < c.recur_homotopy_tau <= (1 - c.recur_homotopy_tmid) / 5,

@@ -238,6 +238,8 @@ def test_combinations_near_the_refused_ones_work() -> None:
     load_config({"TTT_EVAL_BATCHES": "5,250, 500"})
     load_config({"FROM_STAGE": "ttt", "RUN_DIR": "a"})
     load_config({"MAX_WALLCLOCK_SECONDS": "0"})
+    load_config({"PRESET": "demo", "EVAL_ONLY_ARTIFACT": "a.ptz", "TRAIN_SEQ_LEN": "2048"})  # which the artifact says
+    load_config({"HOTSTART_FP_CKPT": "a.pt", "DETERMINISTIC": "1"})
     assert load_config({"TTT_WARM_START_A": "0"}) == Config(), "what is refused may be off"
     tiny_config()
 

@@ -162,6 +162,15 @@ def test_a_restart_takes_no_checkpoint_of_another_job(
     assert train_gpt.after_restart(cfg, LoneRun(tmp_path)).resume is resumes
 
 
+def test_a_new_run_puts_the_checkpoint_of_an_earlier_one_aside(tmp_path: Path, dataset: Path) -> None:
+    """A restart, or a remedy that is told, would else take it for its own."""
+    (tmp_path / "checkpoint.pt").write_bytes(b"of another run")
+    cfg = tiny_config(data_path=dataset, iterations=1, warmup_steps=0, val_loss_every=0)
+    train_gpt.train_stage(cfg, LoneRun(tmp_path), validation(documents((9, 20, 3))), {})
+    assert not (tmp_path / "checkpoint.pt").exists()
+    assert (tmp_path / "checkpoint_before.pt").read_bytes() == b"of another run"
+
+
 def test_a_signal_after_the_last_step_leaves_the_weights(tmp_path: Path, dataset: Path) -> None:
     """It comes while the raw weights are scored: training would be lost, or the request forgotten."""
 

@@ -252,8 +252,9 @@ def weights_at_scores(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             faults.append("adapters changed while scoring")
         return losses
 
-    def learning(scorer: Scorer, chunk: Any, losses: Any, adapters: Any, *rest: Any) -> None:
-        learn_chunk(scorer, chunk, losses, adapters, *rest)
+    def learning(scorer: Scorer, chunk: Any, losses: Any) -> None:
+        adapters = scorer.adapters
+        learn_chunk(scorer, chunk, losses)
         known["adapters of"], known["adapters"] = adapters.steps.item(), state([adapters.values])
 
     def base_learning(*args: Any) -> None:

@@ -420,6 +420,20 @@ def test_the_submitted_program_runs_alone(minified: str, tmp_path: Path) -> None
     assert [p.name for p in tmp_path.iterdir()] == ["train_gpt.py"], "it leaves nothing behind"
 
 
+def test_a_submission_that_trains_again_submits_the_file_it_was_started_as(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever arguments follow it: its bytes are the code that is counted."""
+    (script := tmp_path / "train_gpt.py").write_bytes(b"the file that unpacked this program")
+    (other := tmp_path / "argument").write_bytes(b"short")
+    monkeypatch.setattr(train_gpt, "IS_SUBMISSION", True)
+    monkeypatch.setattr(sys, "orig_argv", [sys.executable, "-u", str(script), "--flag", str(other)])
+    monkeypatch.setattr(sys, "argv", ["/tmp/unpacked.py", "--flag", str(other)])
+    sizes = train_gpt.build_submission(tmp_path / "submission", b"artifact", Config())
+    assert (tmp_path / "submission" / "train_gpt.py").read_bytes() == script.read_bytes()
+    assert sizes["code"] == len(script.read_bytes())
+
+
 def test_the_minified_module_is_the_same_model(tmp_path: Path) -> None:
     source = train_gpt.specialized(Path(train_gpt.__file__).read_text(), Config())
     minified = train_gpt.minify(source, keep=["GPT", "load_config", "Docs", "unpack", "LEFT_OUT"])

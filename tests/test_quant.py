@@ -437,14 +437,6 @@ def test_steps_of_the_matrices_fall_with_the_cost_of_their_errors() -> None:
     assert steps["blocks.0.attn.c_q.weight"][0] > 1 > steps["blocks.0.attn.c_v.weight"][0]
 
 
-def test_hessians_without_counts_are_told(tmp_path: Path) -> None:
-    file = {"fingerprint": train_gpt.shape_fingerprint(tiny_config()), "hessians": {"head": torch.eye(4)}}
-    torch.save(file, tmp_path / "02_hessians.pt")
-    with pytest.raises(train_gpt.Stop) as stop:
-        train_gpt.load_stage_file(tiny_config(), LoneRun(tmp_path), "02_hessians.pt", "FROM_STAGE=quantize")
-    assert "FROM_STAGE=calibrate" in stop.value.sentence
-
-
 def test_scales_have_few_bits() -> None:
     torch.manual_seed(0)
     w, h = torch.randn(64, 40), hessians_of(1, 40)[0]

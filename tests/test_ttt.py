@@ -143,6 +143,10 @@ def test_single_batches_can_be_asked_for() -> None:
     assert phase.numbers == [1, 4]
     assert max(d.n_targets for d in phase.batches[0]) < min(d.n_targets for d in phase.batches[1])
     assert train_gpt.only_batches(plan_phases(docs, tiny_config()), tiny_config()) == plan_phases(docs, tiny_config())
+    last = max(n for p in plan_phases(docs, cfg) for n in p.numbers)
+    with pytest.raises(Stop) as stop:
+        train_gpt.only_batches(plan_phases(docs, cfg), tiny_config(ttt_eval_batches="1,99"))
+    assert stop.value.sentence == f"TTT_EVAL_BATCHES: there is no batch 99: choose from 1 to {last}"
 
 
 def test_a_share_of_the_documents_is_drawn_by_the_seed() -> None:
