@@ -5316,137 +5316,6 @@ def upload(values: Sequence[Any], device: torch.device) -> Tensor:
     return t.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else t
 
 
-# ---- Tap-In: what followed, earlier in the document, the tokens just read (#1518, #1555) ----------------------------
-# Worth 0.0015 to 0.002 bpb there by its authors' account, never measured apart; the run they report had w = 0.01. Their
-# matcher switched itself off on a rank where a package was missing, reached across documents, and left out the match
-# that ends one token back; none of it here.
-def repeats(x: np.ndarray, longest: int) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-    """(length, places, names) for each length up to `longest` of which something occurs more than once in x.
-
-    places: where these strings of tokens end, ascending; names: equal numbers for equal strings. A string that occurs
-    twice is made of two one shorter that do, so that places get fewer with every length.
-    """
-    at, known = np.arange(len(x)), np.zeros(len(x), np.int64)
-    for length in range(1, longest + 1):
-        at = at[at >= length - 1]
-        at = at[known[at - 1] >= 0] if length > 1 else at
-        before = known[at - 1] if length > 1 else known[at]
-        _, names, counts = np.unique(before << 16 | x[at], return_inverse=True, return_counts=True)
-        again = counts[names] > 1
-        at, names = at[again], names[again]
-        if not len(at):
-            return
-        known = np.full(len(x), -1)
-        known[at] = names
-        yield length, at, names
-
-
-def longest_matches(x: np.ndarray, low: np.ndarray, high: np.ndarray, longest: int) -> tuple[np.ndarray, np.ndarray]:
-    """For each place t, over p in low[t]..high[t] - 1 <= t - 1: how many tokens up to p and up to t agree, at most
-    `longest`, and the first p with that many. Length 0 where no x[p] is x[t]."""
-    n = len(x)
-    length, place = np.zeros(n, np.int64), np.zeros(n, np.int64)
-    for long, at, names in repeats(x, longest):
-        ordered = np.sort(names * n + at)
-        found = ordered[np.searchsorted(ordered, names * n + low[at])]  # t itself is in the list: there is always one
-        found -= names * n
-        match = (found >= 0) & (found < high[at])
-        length[at[match]], place[at[match]] = long, found[match]
-    return length, place
-
-
-class Hints(NamedTuple):
-    """For each target of a document a token and its share of the mixture, 0 where there is no hint."""
-
-    tokens: np.ndarray
-    shares: np.ndarray
-
-
-def document_hints(x: np.ndarray, window_start: np.ndarray, cfg: Config) -> Hints:
-    """Hints for the token after each of x, from x up to there: x (n,) int64, window_start (n,) first visible input.
-
-    The longest match decides, inside the window if as long as any outside; its share grows with its length and with
-    the votes, the places in the same range where x[t] was followed by the same token.
-    """
-    n, t = len(x), np.arange(len(x))
-    tokens, best, shares = x.copy(), np.zeros(n, np.int64), np.zeros(n)
-    pairs = np.sort((x[:-1] << 16 | x[1:]) * n + t[:-1])
-    ranges = [(window_start, t, cfg.tapin_mix_w)]
-    if cfg.tapin_cross_enabled and window_start.any():
-        ranges.append((np.zeros_like(t), window_start, cfg.tapin_v6_cross_w))
-    for low, high, share in ranges:
-        length, place = longest_matches(x, low, high, cfg.tapin_max_match)
-        at = np.flatnonzero((length >= cfg.tapin_min_match) & (length > best))
-        token = x[place[at] + 1]
-        pair = (x[at] << 16 | token) * n
-        votes = np.searchsorted(pairs, pair + high[at]) - np.searchsorted(pairs, pair + low[at])
-        grown = share * (1 + 0.15 * (length[at] - cfg.tapin_min_match)) * (1 + 0.2 * np.log(votes))
-        tokens[at], best[at], shares[at] = token, length[at], np.minimum(grown, 0.5)
-    return Hints(tokens, shares.astype(np.float32))
-
-
-@torch.no_grad()
-def mix_hints(
-    logits: Tensor, targets: Tensor, losses: Tensor, tokens: Tensor, shares: Tensor, cfg: Config
-) -> tuple[Tensor, Tensor]:
-    """Nats under (1 - w) p + w [token], and where the hint counts. logits (N, C, V), everything else (N, C).
-
-    A hint counts by what the model expects, before the target is looked at, so this is a distribution over V.
-    """
-    likelier = (logits > logits.gather(-1, tokens.unsqueeze(-1))).sum(-1)
-    counts = (shares > 0) & (likelier < cfg.tapin_v4_top_k)
-    if cfg.tapin_ent_min > 0:
-        log_p = logits.log_softmax(-1)
-        counts &= -(log_p.exp() * log_p).sum(-1) >= cfg.tapin_ent_min
-    rest = torch.log1p(-shares) - losses  # log((1 - w) p) of the target
-    mixed = torch.where(tokens == targets, torch.logaddexp(rest, shares.log()), rest)
-    return torch.where(counts, -mixed, losses), counts
-
-
-class TapIn:
-    """The hints of a batch of documents; only scores change, adapters learn from the model's own losses."""
-
-    def __init__(self, scorer: TestTimeScorer):
-        self.scorer, self.cfg = scorer, scorer.cfg
-        self.of: dict[Document, Hints] = {}
-        self.used = torch.zeros((), dtype=torch.float64, device=scorer.run.device)
-
-    def read(self, docs: Sequence[Document]) -> None:
-        """Hints of every target of `docs`, in place of those of the last batch."""
-        cfg, self.of = self.cfg, {}
-        for d in docs:
-            x = self.scorer.val.tokens[d.start : d.start + d.n_targets].astype(np.int64)
-            plan = windows(d.n_targets, cfg.ttt_chunk_size, cfg.ttt_eval_seq_len)
-            self.of[d] = document_hints(x, np.repeat([w.start for w in plan], [w.count for w in plan]), cfg)
-
-    def chunk(self, parts: Sequence[Part]) -> tuple[Tensor, Tensor]:
-        """Tokens and shares (N, C) of one chunk, on the device."""
-        tokens = np.zeros((len(parts), self.cfg.ttt_chunk_size), np.int64)
-        shares = np.zeros(tokens.shape, np.float32)
-        for i, (d, w, _) in enumerate(parts):
-            if w is not None:
-                first = w.start + w.offset
-                tokens[i, : w.count] = self.of[d].tokens[first : first + w.count]
-                shares[i, : w.count] = self.of[d].shares[first : first + w.count]
-        return upload(tokens, self.scorer.run.device), upload(shares, self.scorer.run.device)
-
-    def score_chunk(
-        self, chunk: Chunk, hints: tuple[Tensor, Tensor], adapters: Adapters, cache: Cache | None
-    ) -> tuple[Tensor, Tensor]:
-        """Nats (N, C) of the chunk's targets without hints, to learn from, and with them."""
-        logits = self.scorer.model(chunk.inputs, adapters=adapters, at=chunk.at, cache=cache)
-        losses = F.cross_entropy(logits.flatten(0, 1), chunk.targets.flatten(), reduction="none")
-        losses = losses.view_as(chunk.targets)
-        mixed, counts = mix_hints(logits.detach(), chunk.targets, losses.detach(), *hints, self.cfg)
-        self.used += (counts & chunk.scored).sum()
-        return losses, mixed
-
-    def log(self, n_targets: int) -> None:
-        """A collective."""
-        used = self.scorer.run.sum(self.used.clone()).item()
-        self.scorer.run.log(f"tapin: hints counted at {used:.0f} of {n_targets} targets ({used / n_targets:.2%})")
-
-
 def padded_window(length: int, step: int) -> int:
     """Kernels want sizes that divide well, the allocator few of them: steps double beyond eight of them."""
     while step > 1 and length > 8 * step:
@@ -5676,119 +5545,6 @@ def ttt_scorer(model: GPT, val: ValidationSet, cfg: Config, run: Run) -> TestTim
     in_place = model.kernels.attention.in_place and not cfg.cross_pass_xsa_enabled
     same = not cfg.tapin_enabled and (cfg.ttt_context == "rerun" or in_place)
     return (GraphedScorer if same and graphable(cfg, run, model) else TestTimeScorer)(model, val, cfg, run)
-
-
-class Audit:
-    """AUDIT=1: the rules of a legal score, checked on samples of the evaluation that makes the score.
-
-    Exactly once: every target is marked as it is scored. Normalization: at sampled places scoring is asked for the loss
-    of every token of the vocabulary; exp(-loss) must sum to 1 and hold the loss that was scored. Causality: a sampled
-    batch is scored again with other text from some position of half of its documents on; what was scored before and
-    beside them must not change. Every 16th batch of a rank is sampled, its first one included. On a GPU kernels may add
-    in any order: exact is only DETERMINISTIC=1.
-    """
-
-    def __init__(self, scorer: TestTimeScorer):
-        self.scorer, self.run, self.rng = scorer, scorer.run, random.Random(scorer.cfg.seed)
-        self.times = np.zeros(len(scorer.val.tokens), np.uint8)  # that each position was scored
-        self.losses: dict[int, float] | None = None  # of the batch at hand, if it is a sample
-        self.asks = True
-        self.n_batches, self.seconds = 0, 0.0
-        self.sums: list[dict[str, float]] = []
-        self.causality: list[dict[str, float]] = []
-
-    def run_batch(self, docs: Sequence[Document]) -> Meter:
-        sampled = self.n_batches % 16 == 0
-        self.n_batches, self.losses = self.n_batches + 1, {} if sampled else None
-        meter = self.scorer.run_batch(docs)
-        if sampled:
-            began = time.monotonic()
-            self.score_again(docs, self.losses)
-            self.seconds += time.monotonic() - began
-        return meter
-
-    def see(self, parts: Sequence[Any], chunk: Chunk, losses: Tensor, adapters: Adapters, cache: Cache | None) -> None:
-        """A chunk that was scored, before anything learns from it."""
-        firsts = [(d.start + w.start + w.offset + 1, w.count) if w else (0, 0) for d, w, _ in parts]
-        for first, n in firsts:
-            self.times[first : first + n] += 1
-        if self.losses is None:
-            return
-        if self.asks and self.rng.random() < 4 / (4 + len(self.sums)):
-            row = self.rng.choice([i for i, (_, n) in enumerate(firsts) if n])
-            place = self.rng.randrange(firsts[row][1])
-            hints = self.scorer.tapin and [t[row : row + 1, place : place + 1] for t in self.scorer.tapin.chunk(parts)]
-            self.ask_all(row, place, chunk, losses, adapters, cache, hints)
-        for (first, n), values in zip(firsts, losses.tolist(), strict=True):
-            self.losses.update(zip(range(first, first + n), values, strict=False))
-
-    @torch.no_grad()
-    def ask_all(
-        self, row: int, place: int, chunk: Chunk, losses: Tensor, adapters: Adapters, cache: Cache | None,
-        hints: Sequence[Tensor] | None,
-    ) -> None:  # fmt: skip
-        """The loss of every token at one place, asked of the code that scores, in pieces of the vocabulary."""
-        began, alone, past = time.monotonic(), adapters.row(row), cache and cache.row(row)
-        nats = []
-        for tokens in torch.arange(self.scorer.cfg.vocab_size, device=self.run.device).split(512):
-            at = chunk.at[row : row + 1, place : place + 1].expand(1, len(tokens))
-            part = chunk._replace(inputs=chunk.inputs[row : row + 1], targets=tokens[None], at=at, scored=at < 0)
-            if hints:
-                given = tuple(t.expand_as(at) for t in hints)
-                nats.append(self.scorer.tapin.score_chunk(part, given, alone, past)[1][0].double())
-            else:
-                nats.append(self.scorer.score_chunk(part, alone, past)[0].double())
-        nats = torch.cat(nats)
-        asked, scored = nats[chunk.targets[row, place]].item(), losses[row, place].item()
-        self.sums.append({"sum": nats.neg().exp().sum().item(), "scored": scored, "asked": asked})
-        self.seconds += time.monotonic() - began
-
-    def score_again(self, docs: Sequence[Document], before: dict[int, float]) -> None:
-        """The batch with other tokens from a position of every second document on, to its end."""
-        tokens, ordinary = self.scorer.val.tokens.astype(np.int64), self.scorer.cfg.vocab_size - BOS - 1
-        changed: set[int] = set()
-        for d in self.rng.sample(docs, math.ceil(len(docs) / 2)):
-            # not the first of a chunk: the chunk's own targets before it are what learning too early would change
-            at, end = d.start + 1 + self.rng.randrange(d.n_targets), d.start + d.n_targets
-            at = min(at + ((at - d.start - 1) % self.scorer.cfg.ttt_chunk_size == 0), end)
-            shift = self.rng.randrange(1, ordinary)
-            tokens[at:end] = (tokens[at:end] - BOS - 1 + shift) % ordinary + BOS + 1
-            changed |= set(range(at, end + 1))
-        other = self.scorer.over(replace(self.scorer.val, tokens=tokens.astype(np.uint16)))
-        other.audit = copy.copy(self)
-        other.audit.losses, other.audit.asks, other.audit.times = {}, False, self.times.copy()
-        other.run_batch(docs)
-        moved = {p: abs(other.audit.losses[p] - nats) for p, nats in before.items()}
-        kept = [x for p, x in moved.items() if p not in changed]
-        self.causality.append({"kept": len(kept), "change": max(kept, default=0.0),
-                               "changed": sum(moved[p] > 0 for p in changed)})  # fmt: skip
-
-    def finish(self, scored: Sequence[Document], total: Meter) -> None:
-        """Writes audit.json. Raises Stop if anything was not as it must be."""
-        run, times = self.run, self.run.sum(torch.from_numpy(self.times))
-        want = torch.zeros_like(times)
-        for d in scored:
-            want[d.start + 1 : d.start + d.n_targets + 1] = 1
-        n_bytes = int(torch.from_numpy(self.scorer.val.token_bytes)[want > 0].sum())
-        sums, causality = (list(itertools.chain.from_iterable(run.gather(x))) for x in (self.sums, self.causality))
-        exact = self.scorer.cfg.deterministic or run.device.type == "cpu"
-        near = 1e-3 if run.dtype == torch.float32 else 0.25  # a row alone and in its batch are other matrix products
-        passed = {
-            "every target exactly once": bool((times == want).all()),
-            "bytes are those of the targets": total.bytes == n_bytes,
-            "samples were taken": bool(sums and causality),
-            "probabilities sum to 1": all(abs(x["sum"] - 1) < 1e-3 for x in sums),
-            "scores are of that distribution": all(abs(x["scored"] - x["asked"]) < near for x in sums),
-            "later text changes no score": all(x["change"] <= (0.0 if exact else 0.1) for x in causality),
-        }
-        report = {"passed": passed, "targets": total.tokens, "bytes": total.bytes, "exact": exact,
-                  "distributions": sums, "causality": causality}  # fmt: skip
-        run.save("audit.json", lambda f: f.write(json.dumps(report, indent=1).encode()))
-        failed = ", ".join(name for name, good in passed.items() if not good)
-        run.log(f"audit: {total.tokens} targets, {len(sums)} distributions, {len(causality)} batches scored again, "
-                f"{run.agree(self.seconds)[0]:.1f}s: {'FAILED' if failed else 'passed'}")  # fmt: skip
-        if failed:
-            raise Stop(f"no score, because the audit failed: {failed}; details in {run.folder / 'audit.json'}")
 
 
 class Phase(NamedTuple):
@@ -6994,6 +6750,251 @@ class Hotstart(Switch):
     @staticmethod
     def write(run, name, value):
         run.save(name, lambda f: f.write(json.dumps(value, indent=1).encode()))
+
+
+# ---- Tap-In: what followed, earlier in the document, the tokens just read (#1518, #1555) ----------------------------
+# Worth 0.0015 to 0.002 bpb there by its authors' account, never measured apart; the run they report had w = 0.01. Their
+# matcher switched itself off on a rank where a package was missing, reached across documents, and left out the match
+# that ends one token back; none of it here.
+def repeats(x: np.ndarray, longest: int) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    """(length, places, names) for each length up to `longest` of which something occurs more than once in x.
+
+    places: where these strings of tokens end, ascending; names: equal numbers for equal strings. A string that occurs
+    twice is made of two one shorter that do, so that places get fewer with every length.
+    """
+    at, known = np.arange(len(x)), np.zeros(len(x), np.int64)
+    for length in range(1, longest + 1):
+        at = at[at >= length - 1]
+        at = at[known[at - 1] >= 0] if length > 1 else at
+        before = known[at - 1] if length > 1 else known[at]
+        _, names, counts = np.unique(before << 16 | x[at], return_inverse=True, return_counts=True)
+        again = counts[names] > 1
+        at, names = at[again], names[again]
+        if not len(at):
+            return
+        known = np.full(len(x), -1)
+        known[at] = names
+        yield length, at, names
+
+
+def longest_matches(x: np.ndarray, low: np.ndarray, high: np.ndarray, longest: int) -> tuple[np.ndarray, np.ndarray]:
+    """For each place t, over p in low[t]..high[t] - 1 <= t - 1: how many tokens up to p and up to t agree, at most
+    `longest`, and the first p with that many. Length 0 where no x[p] is x[t]."""
+    n = len(x)
+    length, place = np.zeros(n, np.int64), np.zeros(n, np.int64)
+    for long, at, names in repeats(x, longest):
+        ordered = np.sort(names * n + at)
+        found = ordered[np.searchsorted(ordered, names * n + low[at])]  # t itself is in the list: there is always one
+        found -= names * n
+        match = (found >= 0) & (found < high[at])
+        length[at[match]], place[at[match]] = long, found[match]
+    return length, place
+
+
+class Hints(NamedTuple):
+    """For each target of a document a token and its share of the mixture, 0 where there is no hint."""
+
+    tokens: np.ndarray
+    shares: np.ndarray
+
+
+def document_hints(x: np.ndarray, window_start: np.ndarray, cfg: Config) -> Hints:
+    """Hints for the token after each of x, from x up to there: x (n,) int64, window_start (n,) first visible input.
+
+    The longest match decides, inside the window if as long as any outside; its share grows with its length and with
+    the votes, the places in the same range where x[t] was followed by the same token.
+    """
+    n, t = len(x), np.arange(len(x))
+    tokens, best, shares = x.copy(), np.zeros(n, np.int64), np.zeros(n)
+    pairs = np.sort((x[:-1] << 16 | x[1:]) * n + t[:-1])
+    ranges = [(window_start, t, cfg.tapin_mix_w)]
+    if cfg.tapin_cross_enabled and window_start.any():
+        ranges.append((np.zeros_like(t), window_start, cfg.tapin_v6_cross_w))
+    for low, high, share in ranges:
+        length, place = longest_matches(x, low, high, cfg.tapin_max_match)
+        at = np.flatnonzero((length >= cfg.tapin_min_match) & (length > best))
+        token = x[place[at] + 1]
+        pair = (x[at] << 16 | token) * n
+        votes = np.searchsorted(pairs, pair + high[at]) - np.searchsorted(pairs, pair + low[at])
+        grown = share * (1 + 0.15 * (length[at] - cfg.tapin_min_match)) * (1 + 0.2 * np.log(votes))
+        tokens[at], best[at], shares[at] = token, length[at], np.minimum(grown, 0.5)
+    return Hints(tokens, shares.astype(np.float32))
+
+
+@torch.no_grad()
+def mix_hints(
+    logits: Tensor, targets: Tensor, losses: Tensor, tokens: Tensor, shares: Tensor, cfg: Config
+) -> tuple[Tensor, Tensor]:
+    """Nats under (1 - w) p + w [token], and where the hint counts. logits (N, C, V), everything else (N, C).
+
+    A hint counts by what the model expects, before the target is looked at, so this is a distribution over V.
+    """
+    likelier = (logits > logits.gather(-1, tokens.unsqueeze(-1))).sum(-1)
+    counts = (shares > 0) & (likelier < cfg.tapin_v4_top_k)
+    if cfg.tapin_ent_min > 0:
+        log_p = logits.log_softmax(-1)
+        counts &= -(log_p.exp() * log_p).sum(-1) >= cfg.tapin_ent_min
+    rest = torch.log1p(-shares) - losses  # log((1 - w) p) of the target
+    mixed = torch.where(tokens == targets, torch.logaddexp(rest, shares.log()), rest)
+    return torch.where(counts, -mixed, losses), counts
+
+
+class TapIn:
+    """The hints of a batch of documents; only scores change, adapters learn from the model's own losses."""
+
+    def __init__(self, scorer: TestTimeScorer):
+        self.scorer, self.cfg = scorer, scorer.cfg
+        self.of: dict[Document, Hints] = {}
+        self.used = torch.zeros((), dtype=torch.float64, device=scorer.run.device)
+
+    def read(self, docs: Sequence[Document]) -> None:
+        """Hints of every target of `docs`, in place of those of the last batch."""
+        cfg, self.of = self.cfg, {}
+        for d in docs:
+            x = self.scorer.val.tokens[d.start : d.start + d.n_targets].astype(np.int64)
+            plan = windows(d.n_targets, cfg.ttt_chunk_size, cfg.ttt_eval_seq_len)
+            self.of[d] = document_hints(x, np.repeat([w.start for w in plan], [w.count for w in plan]), cfg)
+
+    def chunk(self, parts: Sequence[Part]) -> tuple[Tensor, Tensor]:
+        """Tokens and shares (N, C) of one chunk, on the device."""
+        tokens = np.zeros((len(parts), self.cfg.ttt_chunk_size), np.int64)
+        shares = np.zeros(tokens.shape, np.float32)
+        for i, (d, w, _) in enumerate(parts):
+            if w is not None:
+                first = w.start + w.offset
+                tokens[i, : w.count] = self.of[d].tokens[first : first + w.count]
+                shares[i, : w.count] = self.of[d].shares[first : first + w.count]
+        return upload(tokens, self.scorer.run.device), upload(shares, self.scorer.run.device)
+
+    def score_chunk(
+        self, chunk: Chunk, hints: tuple[Tensor, Tensor], adapters: Adapters, cache: Cache | None
+    ) -> tuple[Tensor, Tensor]:
+        """Nats (N, C) of the chunk's targets without hints, to learn from, and with them."""
+        logits = self.scorer.model(chunk.inputs, adapters=adapters, at=chunk.at, cache=cache)
+        losses = F.cross_entropy(logits.flatten(0, 1), chunk.targets.flatten(), reduction="none")
+        losses = losses.view_as(chunk.targets)
+        mixed, counts = mix_hints(logits.detach(), chunk.targets, losses.detach(), *hints, self.cfg)
+        self.used += (counts & chunk.scored).sum()
+        return losses, mixed
+
+    def log(self, n_targets: int) -> None:
+        """A collective."""
+        used = self.scorer.run.sum(self.used.clone()).item()
+        self.scorer.run.log(f"tapin: hints counted at {used:.0f} of {n_targets} targets ({used / n_targets:.2%})")
+
+
+# ---- Audit: the rules of a legal score -------------------------------------------------------------------------------
+class Audit:
+    """AUDIT=1: the rules of a legal score, checked on samples of the evaluation that makes the score.
+
+    Exactly once: every target is marked as it is scored. Normalization: at sampled places scoring is asked for the loss
+    of every token of the vocabulary; exp(-loss) must sum to 1 and hold the loss that was scored. Causality: a sampled
+    batch is scored again with other text from some position of half of its documents on; what was scored before and
+    beside them must not change. Every 16th batch of a rank is sampled, its first one included. On a GPU kernels may add
+    in any order: exact is only DETERMINISTIC=1.
+    """
+
+    def __init__(self, scorer: TestTimeScorer):
+        self.scorer, self.run, self.rng = scorer, scorer.run, random.Random(scorer.cfg.seed)
+        self.times = np.zeros(len(scorer.val.tokens), np.uint8)  # that each position was scored
+        self.losses: dict[int, float] | None = None  # of the batch at hand, if it is a sample
+        self.asks = True
+        self.n_batches, self.seconds = 0, 0.0
+        self.sums: list[dict[str, float]] = []
+        self.causality: list[dict[str, float]] = []
+
+    def run_batch(self, docs: Sequence[Document]) -> Meter:
+        sampled = self.n_batches % 16 == 0
+        self.n_batches, self.losses = self.n_batches + 1, {} if sampled else None
+        meter = self.scorer.run_batch(docs)
+        if sampled:
+            began = time.monotonic()
+            self.score_again(docs, self.losses)
+            self.seconds += time.monotonic() - began
+        return meter
+
+    def see(self, parts: Sequence[Any], chunk: Chunk, losses: Tensor, adapters: Adapters, cache: Cache | None) -> None:
+        """A chunk that was scored, before anything learns from it."""
+        firsts = [(d.start + w.start + w.offset + 1, w.count) if w else (0, 0) for d, w, _ in parts]
+        for first, n in firsts:
+            self.times[first : first + n] += 1
+        if self.losses is None:
+            return
+        if self.asks and self.rng.random() < 4 / (4 + len(self.sums)):
+            row = self.rng.choice([i for i, (_, n) in enumerate(firsts) if n])
+            place = self.rng.randrange(firsts[row][1])
+            hints = self.scorer.tapin and [t[row : row + 1, place : place + 1] for t in self.scorer.tapin.chunk(parts)]
+            self.ask_all(row, place, chunk, losses, adapters, cache, hints)
+        for (first, n), values in zip(firsts, losses.tolist(), strict=True):
+            self.losses.update(zip(range(first, first + n), values, strict=False))
+
+    @torch.no_grad()
+    def ask_all(
+        self, row: int, place: int, chunk: Chunk, losses: Tensor, adapters: Adapters, cache: Cache | None,
+        hints: Sequence[Tensor] | None,
+    ) -> None:  # fmt: skip
+        """The loss of every token at one place, asked of the code that scores, in pieces of the vocabulary."""
+        began, alone, past = time.monotonic(), adapters.row(row), cache and cache.row(row)
+        nats = []
+        for tokens in torch.arange(self.scorer.cfg.vocab_size, device=self.run.device).split(512):
+            at = chunk.at[row : row + 1, place : place + 1].expand(1, len(tokens))
+            part = chunk._replace(inputs=chunk.inputs[row : row + 1], targets=tokens[None], at=at, scored=at < 0)
+            if hints:
+                given = tuple(t.expand_as(at) for t in hints)
+                nats.append(self.scorer.tapin.score_chunk(part, given, alone, past)[1][0].double())
+            else:
+                nats.append(self.scorer.score_chunk(part, alone, past)[0].double())
+        nats = torch.cat(nats)
+        asked, scored = nats[chunk.targets[row, place]].item(), losses[row, place].item()
+        self.sums.append({"sum": nats.neg().exp().sum().item(), "scored": scored, "asked": asked})
+        self.seconds += time.monotonic() - began
+
+    def score_again(self, docs: Sequence[Document], before: dict[int, float]) -> None:
+        """The batch with other tokens from a position of every second document on, to its end."""
+        tokens, ordinary = self.scorer.val.tokens.astype(np.int64), self.scorer.cfg.vocab_size - BOS - 1
+        changed: set[int] = set()
+        for d in self.rng.sample(docs, math.ceil(len(docs) / 2)):
+            # not the first of a chunk: the chunk's own targets before it are what learning too early would change
+            at, end = d.start + 1 + self.rng.randrange(d.n_targets), d.start + d.n_targets
+            at = min(at + ((at - d.start - 1) % self.scorer.cfg.ttt_chunk_size == 0), end)
+            shift = self.rng.randrange(1, ordinary)
+            tokens[at:end] = (tokens[at:end] - BOS - 1 + shift) % ordinary + BOS + 1
+            changed |= set(range(at, end + 1))
+        other = self.scorer.over(replace(self.scorer.val, tokens=tokens.astype(np.uint16)))
+        other.audit = copy.copy(self)
+        other.audit.losses, other.audit.asks, other.audit.times = {}, False, self.times.copy()
+        other.run_batch(docs)
+        moved = {p: abs(other.audit.losses[p] - nats) for p, nats in before.items()}
+        kept = [x for p, x in moved.items() if p not in changed]
+        self.causality.append({"kept": len(kept), "change": max(kept, default=0.0),
+                               "changed": sum(moved[p] > 0 for p in changed)})  # fmt: skip
+
+    def finish(self, scored: Sequence[Document], total: Meter) -> None:
+        """Writes audit.json. Raises Stop if anything was not as it must be."""
+        run, times = self.run, self.run.sum(torch.from_numpy(self.times))
+        want = torch.zeros_like(times)
+        for d in scored:
+            want[d.start + 1 : d.start + d.n_targets + 1] = 1
+        n_bytes = int(torch.from_numpy(self.scorer.val.token_bytes)[want > 0].sum())
+        sums, causality = (list(itertools.chain.from_iterable(run.gather(x))) for x in (self.sums, self.causality))
+        exact = self.scorer.cfg.deterministic or run.device.type == "cpu"
+        near = 1e-3 if run.dtype == torch.float32 else 0.25  # a row alone and in its batch are other matrix products
+        passed = {
+            "every target exactly once": bool((times == want).all()),
+            "bytes are those of the targets": total.bytes == n_bytes,
+            "samples were taken": bool(sums and causality),
+            "probabilities sum to 1": all(abs(x["sum"] - 1) < 1e-3 for x in sums),
+            "scores are of that distribution": all(abs(x["scored"] - x["asked"]) < near for x in sums),
+            "later text changes no score": all(x["change"] <= (0.0 if exact else 0.1) for x in causality),
+        }
+        report = {"passed": passed, "targets": total.tokens, "bytes": total.bytes, "exact": exact,
+                  "distributions": sums, "causality": causality}  # fmt: skip
+        run.save("audit.json", lambda f: f.write(json.dumps(report, indent=1).encode()))
+        failed = ", ".join(name for name, good in passed.items() if not good)
+        run.log(f"audit: {total.tokens} targets, {len(sums)} distributions, {len(causality)} batches scored again, "
+                f"{run.agree(self.seconds)[0]:.1f}s: {'FAILED' if failed else 'passed'}")  # fmt: skip
+        if failed:
+            raise Stop(f"no score, because the audit failed: {failed}; details in {run.folder / 'audit.json'}")
 
 
 if __name__ == "__main__":
