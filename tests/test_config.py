@@ -175,6 +175,7 @@ REFUSED = [
     ({"FROM_STAGE": "pack", "RESUME": 1, "RUN_DIR": "a"}, "choose one"),
     ({"EVAL_ONLY_CHECKPOINT": "a", "EVAL_ONLY_ARTIFACT": "b"}, "choose one"),
     ({"TTT_EVAL_BATCHES": "5,x"}, "TTT_EVAL_BATCHES"),
+    ({"ROPE_YARN": "1", "ROPE_DIMS": "2"}, "ROPE_YARN=1 needs ROPE_DIMS above 2"),
     ({"TTT_OPTIMIZER": "lion"}, "TTT_OPTIMIZER"),
     ({"ATTENTION": "flex"}, "ATTENTION"),
     ({"ATTN_OUT_GATE_SRC": "k"}, "ATTN_OUT_GATE_SRC"),

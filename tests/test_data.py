@@ -325,6 +325,20 @@ def test_every_data_problem_is_listed(tmp_path: Path) -> None:
     assert len(list(train_gpt.data_problems(cfg, False))) == 1
 
 
+def test_a_folder_may_have_any_name(tmp_path: Path) -> None:
+    (folder := tmp_path / "d[1]*?").mkdir()
+    write_dataset(folder)
+    assert list(train_gpt.data_problems(caseops_config(folder), True)) == []
+
+
+def test_an_attention_that_cannot_run_here_is_a_problem(tmp_path: Path) -> None:
+    asked = (tiny_config(attention=kind) for kind in ("varlen", "sdpa", "auto"))
+    problems = [
+        [p for p in train_gpt.environment_problems(cfg, LoneRun(tmp_path)) if "ATTENTION" in p] for cfg in asked
+    ]
+    assert problems == [["ATTENTION=varlen runs on a GPU in bfloat16 alone: take auto or sdpa"], [], []]
+
+
 def test_data_path_one_level_too_high_is_told_the_folder_below(tmp_path: Path) -> None:
     """prepare_caseops_data.py --out DIR writes into DIR/datasets/NAME."""
     (folder := tmp_path / "datasets" / "mine").mkdir(parents=True)
