@@ -4113,6 +4113,12 @@ def save_checkpoint(run: Run, model: GPT, optimizer: Optimizer, average: WeightA
     run.save("checkpoint.pt", lambda f: torch.save(state, f))
 
 
+def set_checkpoint_aside(run: Run) -> None:
+    """That of an earlier run is none of this one, which a restart or `stop_at_nan` would take it for. A collective."""
+    old = run.folder / "checkpoint.pt"
+    run.alone(lambda: old.is_file() and old.replace(old.with_name("checkpoint_before.pt")))
+
+
 def load_checkpoint(cfg: Config, run: Run, model: GPT, optimizer: Optimizer, average: WeightAverage) -> Progress:
     path = run.folder / "checkpoint.pt"
     state = load_stage_file(cfg, run, path.name, "RESUME=1")
@@ -4194,9 +4200,8 @@ class TrainLog:
 
 def train(cfg: Config, run: Run, model: GPT, val: ValidationSet) -> Progress:
     """Trains until ITERATIONS or the wall-clock budget; the model ends with the averaged weights."""
-    if not cfg.resume:  # an earlier run's is no checkpoint of this one, for a restart or for `stop_at_nan`
-        old = run.folder / "checkpoint.pt"
-        run.alone(lambda: old.is_file() and old.replace(old.with_name("checkpoint_before.pt")))
+    if not cfg.resume:
+        set_checkpoint_aside(run)
     optimizer, average = Optimizer(model, cfg, run), WeightAverage(model, cfg.ema_decay)
     gradients = micro_batches(cfg, run, model, byte_weights(cfg, run))
     prime(cfg, run, model, optimizer, gradients)

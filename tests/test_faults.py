@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import errno
 import itertools
 import json
@@ -169,6 +170,21 @@ def test_a_new_run_puts_the_checkpoint_of_an_earlier_one_aside(tmp_path: Path, d
     train_gpt.train_stage(cfg, LoneRun(tmp_path), validation(documents((9, 20, 3))), {})
     assert not (tmp_path / "checkpoint.pt").exists()
     assert (tmp_path / "checkpoint_before.pt").read_bytes() == b"of another run"
+
+
+def test_a_resumed_run_does_not_save_its_checkpoint_again(tmp_path: Path, dataset: Path) -> None:
+    class Saving(LoneRun):
+        def save(self, name: str, *args: Any) -> None:
+            saved.append(name)
+            super().save(name, *args)
+
+    cfg = tiny_config(data_path=dataset, iterations=3, checkpoint_every=2, warmup_steps=0, val_loss_every=0)
+    for resume, files in ((False, ["checkpoint.pt", "01_weights.pt"]), (True, ["01_weights.pt"])):
+        saved: list[str] = []
+        result: dict[str, Any] = {}
+        again = dataclasses.replace(cfg, resume=resume, run_dir=str(tmp_path))
+        train_gpt.train_stage(again, Saving(tmp_path), validation(documents((9, 20, 3))), result)
+        assert saved == files and result["steps"] == 3
 
 
 def test_a_signal_after_the_last_step_leaves_the_weights(tmp_path: Path, dataset: Path) -> None:
