@@ -38,6 +38,7 @@ import numpy as np
 
 SIZE_LIMIT = 16_000_000  # bytes of code and artifact
 SECONDS_LIMIT = 600  # of training with calibration, and again of evaluation
+RECORD_BATCH = 786_432  # tokens of a step
 
 
 class LogError(ValueError):
@@ -123,12 +124,28 @@ class Run:
     refusals: list[str] = field(default_factory=list)  # why it could not start
     error: str | None = None  # the last exception or stop sentence
 
+    @property
+    def settings(self) -> dict[str, str]:
+        """Every setting, or those that are not the defaults where that is all a log prints (what our console shows)."""
+        return self.hyper or self.not_default
+
+    @property
+    def not_default(self) -> dict[str, str]:
+        """`changed` under the names of `hyper`."""
+        return {name.lower(): value for name, value in (self.changed or {}).items()}
+
     def knob(self, name: str) -> float | None:
         """A numeric setting, None where the log does not print it."""
         try:
-            return float(self.hyper[name])
+            return float(self.settings[name])
         except (KeyError, ValueError):
             return None
+
+    @property
+    def batch_tokens(self) -> float | None:
+        """Tokens of a step. None: a public log without its settings."""
+        default = RECORD_BATCH if self.changed is not None and not self.hyper else None
+        return self.knob("train_batch_tokens") or default
 
     def intervals(self) -> list[Interval]:
         """Rates between logged steps, those across the loop's onset left out.
@@ -159,7 +176,7 @@ class Run:
 
     def step_ms(self, looped: bool) -> float | None:
         """Median milliseconds per step before, or after, the loop came on."""
-        rate, batch = self.rate(looped), self.knob("train_batch_tokens")
+        rate, batch = self.rate(looped), self.batch_tokens
         if batch is None and self.clock:
             step, (_, tokens) = max(self.clock.items())
             batch = tokens / step
@@ -182,12 +199,12 @@ class Run:
     @property
     def partial(self) -> bool:
         """Whether test-time training was told to score only some documents; a log without knobs names those changed."""
-        some = (self.knob("val_doc_fraction") or 1) < 1 or bool(self.hyper.get("ttt_eval_batches"))
+        some = (self.knob("val_doc_fraction") or 1) < 1 or bool(self.settings.get("ttt_eval_batches"))
         return some or bool({"VAL_DOC_FRACTION", "TTT_EVAL_BATCHES"} & set(self.changed or ()))
 
     @property
     def ends_quantized(self) -> bool:
-        return self.hyper.get("ttt_enabled") == "False"
+        return self.settings.get("ttt_enabled") == "False"
 
     @property
     def began(self) -> bool:
@@ -330,7 +347,7 @@ def read_step_line(run: Run, line: str) -> None:
         if step == 1:  # a run that started over in the same file
             forget_steps(run)
             run.loop_step = None
-        batch = run.knob("train_batch_tokens")
+        batch = run.batch_tokens
         tokens = step * batch if batch else float(match[4]) * 60 * rate
         run.loss[step], run.steps = float(match[3]), step
         if rate > 0 and tokens > 0:
@@ -428,7 +445,7 @@ def read_run(name: str, log: Path, metrics: Path, info: Path) -> Run:
     if metrics.is_file():
         read_metrics(run)
     if run.seed is None and (run.knob("seed") is not None or (match := re.search(r"(?:seed|_s)(\d+)", name))):
-        run.seed = int(run.hyper["seed"] if "seed" in run.hyper else match[1])
+        run.seed = int(run.settings["seed"] if "seed" in run.settings else match[1])
     if run.train_seconds is None and run.clock:
         run.train_seconds = max(run.clock.values())[0]
     return run
@@ -561,7 +578,7 @@ def training_errors(run: Run) -> Iterator[str]:
     if run.seed == 42 and run.loss.get(1) is not None and round(run.loss[1], 4) == 9.0073:
         yield "the first loss is 9.0073: shards of a preparation that puts 40,000 validation documents into training"
     known = {500 * i: loss for i, loss in enumerate(CANONICAL_LOSSES, 1) if 500 * i in run.loss}
-    canonical = near(run.val_targets, CASEOPS_TARGETS, 1e-4) and run.knob("train_batch_tokens") == 786_432
+    canonical = near(run.val_targets, CASEOPS_TARGETS, 1e-4) and run.batch_tokens == RECORD_BATCH
     if canonical and len(known) >= 3:
         off = statistics.fmean(abs(run.loss[step] - loss) for step, loss in known.items())
         if off > 0.03:
@@ -628,11 +645,18 @@ LOCAL_SETTINGS = {"seed", "preset", "run_id", "run_dir", "artifact_dir", "from_s
 
 
 def settings_that_differ(runs: Sequence[Run]) -> list[str]:
-    """Settings, with their values, in which runs differ; runs whose log does not print them cannot be told apart."""
-    known = [run for run in runs if run.hyper]
+    """Settings, with their values, in which runs differ; runs whose log does not print them cannot be told apart.
+
+    If a log says only what is not the default, the others are asked for the same.
+    """
+    brief = any(run.changed is not None and not run.hyper for run in runs)
+    if brief:
+        known, absent = [run.not_default for run in runs if run.changed is not None], "(default)"
+    else:
+        known, absent = [run.hyper for run in runs if run.hyper], "(none)"
     said = []
-    for name in sorted({name for run in known for name in run.hyper} - LOCAL_SETTINGS):
-        values = list(dict.fromkeys(number_of(run.hyper.get(name, "(none)")) for run in known))
+    for name in sorted({name for settings in known for name in settings} - LOCAL_SETTINGS):
+        values = list(dict.fromkeys(number_of(settings.get(name, absent)) for settings in known))
         if len(values) > 1:
             said.append(f"{name.upper()}: {' / '.join(map(str, values))}")
     return said
@@ -689,6 +713,9 @@ def no_common_mean(runs: Sequence[Run]) -> str | None:
         return "different tokenizers"
     if differ := settings_that_differ(runs):
         return f"mixed configurations ({', '.join(differ[:3])}{', ...' if len(differ) > 3 else ''})"
+    for a, b in itertools.combinations(runs, 2):
+        if a.bpb_quantized is not None and a.bpb_quantized == b.bpb_quantized:
+            return f"{a.name} and {b.name} score one artifact"
     return None
 
 

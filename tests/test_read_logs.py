@@ -376,6 +376,35 @@ def test_what_does_not_belong_together_has_no_mean(seeds: list[Path], tmp_path: 
         assert len(table.rows) == 5
 
 
+def console_log(knobs: str, **of_public: Any) -> list[str]:
+    """What our console shows of such a run: the knobs that are not the defaults instead of all settings."""
+    lines = public_log(**of_public)
+    return [f"changed knobs: {knobs}", *lines[lines.index("train_shards: 80") :]]
+
+
+@pytest.mark.parametrize(("knobs", "batch"), [("SEED=42", 786_432), ("SEED=42 TRAIN_BATCH_TOKENS=98304", 98_304)])
+def test_rates_of_a_console_log_are_exact(knobs: str, batch: int, tmp_path: Path) -> None:
+    run = read(write(tmp_path / "a.log", console_log(knobs)))
+    plain = read(write(tmp_path / "b.log", public_log()))
+    for looped in (False, True):
+        assert run.rate(looped) == pytest.approx(plain.rate(looped), rel=1e-9)
+        assert run.step_ms(looped) == pytest.approx(plain.step_ms(looped) * batch / 786_432, rel=1e-9)
+
+
+def test_console_logs_of_other_knobs_have_no_mean(tmp_path: Path) -> None:
+    logs = [write(tmp_path / f"a_s{seed}.log", console_log(f"SEED={seed}{knobs}", seed=seed, shift=seed / 1e5))
+            for seed, knobs in ((42, ""), (0, ""), (7, " EMBED_BITS=8"))]  # fmt: skip
+    assert not report(*read_logs.read_all(logs[:2]))["Scores"].note
+    note = report(*read_logs.read_all(logs))["Scores"].note
+    assert note == "No mean: mixed configurations (EMBED_BITS: (default) / 8)."
+
+
+def test_scores_of_one_artifact_have_no_mean(tmp_path: Path) -> None:
+    scored = [line for line in console_log("SEED=42") if "train_loss" not in line]
+    logs = [write(tmp_path / f"{name}.log", scored) for name in ("one", "two")]
+    assert report(*read_logs.read_all(logs))["Scores"].note == "No mean: one and two score one artifact."
+
+
 def test_edited_copies_are_noticed_by_their_losses(tmp_path: Path) -> None:
     lines = public_log(42)
     edited = [re.sub(r"(val_bpb:1\.066)\d+", r"\g<1>55555", line).replace("seed: 42", "seed: 3") for line in lines]
