@@ -7003,4 +7003,6 @@ class Audit:
 
 
 if __name__ == "__main__":
+    if sys.argv[1:] and hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # for `--help | head`
     sys.exit(main())

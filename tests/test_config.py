@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import ast
+import os
+import signal
+import subprocess
 import sys
 from dataclasses import fields
 from pathlib import Path
@@ -273,6 +276,16 @@ def test_every_knob_has_a_manual(capsys: pytest.CaptureFixture[str], monkeypatch
         assert len(text.split()) >= 1, f.name
     for heading in ("Data", "Model", "Optimizer", "Test-time training"):
         assert heading in lines
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGPIPE"), reason="no pipes of this kind")
+@pytest.mark.parametrize("argument", ["--help", "--size"])
+def test_output_that_nobody_reads_ends_quietly(argument: str) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    ended = subprocess.run([sys.executable, ROOT / "train_gpt.py", argument], stdout=writer, stderr=subprocess.PIPE)
+    os.close(writer)
+    assert (ended.returncode, ended.stderr) == (-signal.SIGPIPE, b"")
 
 
 def test_bad_settings_end_with_code_2_and_every_problem(
