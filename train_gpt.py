@@ -5705,7 +5705,6 @@ def adapt_base(model: GPT, val: ValidationSet, scored: Sequence[Document], cfg: 
     """SGD of all weights over the scored documents, each rank on its share of every chunk; a collective per step.
 
     The number of steps follows from the text alone, and a rank whose share is empty adds zero, so ranks never diverge.
-    DETERMINISTIC: always MICRO_STEPS shares, whose gradients are added in their order.
     """
     text = np.concatenate([*(val.tokens[d.start : d.start + d.n_targets] for d in scored), [BOS]]).astype(np.uint16)
     model.requires_grad_(True)
@@ -5725,31 +5724,46 @@ def adapt_base(model: GPT, val: ValidationSet, scored: Sequence[Document], cfg: 
         lr = base_lr(cfg, chunk, n_chunks)
         for group in optimizer.param_groups:
             group["lr"] = lr * group["times"]
-        steps = [range(a, min(a + share * n_shares, end)) for a in range(chunk * chunk_tokens, end, share * n_shares)]
-        for span in steps * cfg.global_ttt_epochs:
-            sums = [torch.zeros_like(p) for p in params] if cfg.deterministic else []
-            seen = torch.zeros((), device=run.device)
-            for mine in range(run.rank, n_shares, run.world):
-                a = min(span.start + mine * share, span.stop)
-                loss = base_loss(model, text[a : min(a + share, span.stop) + 1], share, cfg, run) / len(span)
-                # None where a switch acts in repeated visits that this model does not make
-                grads = torch.autograd.grad(loss, params, allow_unused=True)
-                grads = [None if g is None else g.contiguous() for g in grads]  # for the sum over ranks
-                seen += loss.detach()
-                for i, grad in enumerate(grads):
-                    if grad is not None:
-                        run.add_in_order(sums[i], grad) if sums else run.sum(grad)
-            for p, total, grad in zip(params, sums or grads, grads, strict=True):
-                p.grad = None if grad is None else total
+        steps = [*range(chunk * chunk_tokens, end, share * n_shares)]
+        for start in steps * cfg.global_ttt_epochs:
+            shares = range(start, start + share * n_shares, share)
+            loss, grads = base_gradients(model, params, text[: end + 1], shares, cfg, run)
+            for p, grad in zip(params, grads, strict=True):
+                p.grad = grad
             nn.utils.clip_grad_norm_(params, cfg.global_ttt_grad_clip)
             optimizer.step()
             optimizer.zero_grad()
-        mean_loss = run.sum(seen).item()
+        mean_loss = run.sum(loss).item()
         if phase:
             run.metric("base_sgd", phase=phase, chunk=chunk, lr=lr, loss=mean_loss)
             run.progress(f"base learning {phase}", chunk + 1, n_chunks, began)
     for p in params:
         p.requires_grad_(False)
+
+
+def base_gradients(
+    model: GPT, params: Sequence[Tensor], text: np.ndarray, shares: range, cfg: Config, run: Run
+) -> tuple[Tensor, list[Tensor | None]]:
+    """This rank's part of the mean loss of all shares, and the gradients of the whole.
+
+    shares: where in the text each begins, as long as the step of the range or until the text ends: one share per rank.
+    DETERMINISTIC: MICRO_STEPS shares, whatever the ranks, whose gradients are added in their order.
+    """
+    end = len(text) - 1
+    n_targets = min(shares.stop, end) - shares.start
+    sums = [torch.zeros_like(p) for p in params] if cfg.deterministic else []
+    seen = torch.zeros((), device=run.device)
+    for start in shares[run.rank :: run.world]:
+        a, b = min(start, end), min(start + shares.step, end)
+        loss = base_loss(model, text[a : b + 1], shares.step, cfg, run) / n_targets
+        # None where a switch acts in repeated visits that this model does not make
+        grads = torch.autograd.grad(loss, params, allow_unused=True)
+        grads = [None if g is None else g.contiguous() for g in grads]  # for the sum over ranks
+        seen += loss.detach()
+        for i, grad in enumerate(grads):
+            if grad is not None:
+                run.add_in_order(sums[i], grad) if sums else run.sum(grad)
+    return seen, [None if grad is None else total for total, grad in zip(sums or grads, grads, strict=True)]
 
 
 def base_loss(model: GPT, tokens: np.ndarray, row: int, cfg: Config, run: Run) -> Tensor:
