@@ -623,3 +623,14 @@ def test_training_time_goes_on_when_the_clock_is_set_back(monkeypatch: pytest.Mo
         pass
     seconds.append(watch.seconds())
     assert seconds == sorted(seconds) and seconds[0] >= 5.0
+
+
+def test_the_time_left_after_a_resume_counts_what_ran_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, lines, run = [1000.0], [], LoneRun()
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(run, "log", lambda line, **_: lines.append(line))
+    model = tiny_model(iterations=40, max_wallclock_seconds=0.0, train_log_every=0)
+    log = train_gpt.TrainLog(model, run, train_gpt.Stopwatch(300.0))  # 30 steps of 10 s before
+    clock[0] += 30
+    log.add(train_gpt.Progress(step=33, seconds=330.0), torch.tensor(2.0), 1.0)
+    assert lines == ["  training: 82% eta 70s"]
