@@ -5144,16 +5144,23 @@ def self_extracting(program: str) -> bytes:
 
 
 def build_submission(folder: Path, artifact: bytes, cfg: Config) -> dict[str, int]:
-    """Writes submission/train_gpt.py and submission/final_model.int6.ptz; returns the bytes of each and their sum."""
+    """Writes submission/train_gpt.py and submission/final_model.int6.ptz; returns their bytes and the source's."""
     source = Path(__file__).read_text()
     started = sys.orig_argv[-len(sys.argv)]  # the script, before its arguments
     # A submission that trains again submits itself: the file that unpacked this one.
     code = Path(started).read_bytes() if IS_SUBMISSION else self_extracting(minify(specialized(source, cfg)))
     write_atomically(folder / "train_gpt.py", lambda f: f.write(code))
     write_atomically(folder / ARTIFACT_NAME, lambda f: f.write(artifact))
-    sizes = {"source": len(source.encode()), **{k: (folder / n).stat().st_size for k, n in
-             (("code", "train_gpt.py"), ("artifact", ARTIFACT_NAME))}}  # fmt: skip
-    return {**sizes, "total": sizes["code"] + sizes["artifact"]}
+    return {"source_bytes": len(source.encode())} | submission_bytes(folder)
+
+
+def submission_bytes(folder: Path) -> dict[str, int]:
+    """What counts: the bytes of the code, of the artifact and of both; nothing where one is missing."""
+    code, artifact = folder / "train_gpt.py", folder / ARTIFACT_NAME
+    if not (code.is_file() and artifact.is_file()):
+        return {}
+    sizes = {"code_bytes": code.stat().st_size, "artifact_bytes": artifact.stat().st_size}
+    return sizes | {"total_bytes": sum(sizes.values())}
 
 
 ARTIFACT_NAME = "final_model.int6.ptz"
@@ -5934,15 +5941,14 @@ def pack_stage(cfg: Config, run: Run, coded: Mapping[str, Coded], result: dict[s
         artifact = run.alone(lambda: pack(coded, result["looped"], cfg))
         run.save(ARTIFACT_NAME, lambda f: f.write(artifact))
         sizes = run.alone(lambda: build_submission(run.folder / "submission", artifact, cfg))
-    result.update(pack_seconds=clock["seconds"], artifact_bytes=sizes["artifact"], code_bytes=sizes["code"],
-                  total_bytes=sizes["total"])  # fmt: skip
-    run.metric("sections", bytes=section_bytes(artifact), code=sizes["code"])
-    run.log(f"Code size (uncompressed): {sizes['source']} bytes")
-    run.log(f"Code size (compressed): {sizes['code']} bytes")
-    run.log(f"Serialized model quantized+{cfg.compressor}: {sizes['artifact']} bytes")
-    run.log(f"Total submission size quantized+{cfg.compressor}: {sizes['total']} bytes")
-    if sizes["total"] > ARTIFACT_LIMIT:
-        over = sizes["total"] - ARTIFACT_LIMIT
+    source = sizes.pop("source_bytes")
+    result.update(pack_seconds=clock["seconds"], **sizes)
+    run.metric("sections", bytes=section_bytes(artifact), code=sizes["code_bytes"])
+    run.log(f"Code size (uncompressed): {source} bytes")
+    run.log(f"Code size (compressed): {sizes['code_bytes']} bytes")
+    run.log(f"Serialized model quantized+{cfg.compressor}: {sizes['artifact_bytes']} bytes")
+    run.log(f"Total submission size quantized+{cfg.compressor}: {sizes['total_bytes']} bytes")
+    if (over := sizes["total_bytes"] - ARTIFACT_LIMIT) > 0:
         run.log(
             f"ERROR: the submission is {over} bytes over {ARTIFACT_LIMIT}: raise the *_CLIP_SIGMAS or lower EMBED_BITS"
         )
@@ -6024,6 +6030,7 @@ def pipeline(cfg: Config, run: Run) -> dict[str, Any]:
         model = checkpoint_model(cfg, run)
     elif not makes:
         model = model_from_artifact(cfg, run, artifact_to_score(cfg, run))
+        result.update(run.alone(lambda: submission_bytes(run.folder / "submission")) if cfg.from_stage else {})
     open_folder(run)  # what is refused has been refused: nothing was written before
     describe_run(cfg, run, val)
     for switch in switches(cfg):

@@ -431,7 +431,7 @@ def test_a_submission_that_trains_again_submits_the_file_it_was_started_as(
     monkeypatch.setattr(sys, "argv", ["/tmp/unpacked.py", "--flag", str(other)])
     sizes = train_gpt.build_submission(tmp_path / "submission", b"artifact", Config())
     assert (tmp_path / "submission" / "train_gpt.py").read_bytes() == script.read_bytes()
-    assert sizes["code"] == len(script.read_bytes())
+    assert sizes["code_bytes"] == len(script.read_bytes())
 
 
 def test_the_minified_module_is_the_same_model(tmp_path: Path) -> None:
@@ -496,8 +496,8 @@ def test_the_submission_folder_is_what_counts(
     monkeypatch.setattr(train_gpt, "minify", lambda source: minified)  # takes seconds, and has been done
     sizes = train_gpt.build_submission(tmp_path / "submission", artifact, Config())
     files = {p.name: p.stat().st_size for p in (tmp_path / "submission").iterdir()}
-    assert files == {"train_gpt.py": sizes["code"], train_gpt.ARTIFACT_NAME: len(artifact)}
-    assert sizes["total"] == sum(files.values())
+    assert files == {"train_gpt.py": sizes["code_bytes"], train_gpt.ARTIFACT_NAME: len(artifact)}
+    assert sizes["total_bytes"] == sum(files.values())
     assert (tmp_path / "submission" / train_gpt.ARTIFACT_NAME).read_bytes() == artifact
 
 

@@ -335,13 +335,16 @@ def variants(place: Place, full: Finished) -> dict[str, Finished]:
         folder = folder_with(full, place.root / "too_large", "03_coded.pt")
         return run(folder, place.val_only, dict(code=TINY_LIMIT), FROM_STAGE="pack", TTT_ENABLED=0)
 
+    def too_large_still(folder: Path) -> Finished:
+        return run(folder, place.val_only, dict(code=TINY_LIMIT), FROM_STAGE="evaluate", TTT_ENABLED=0)
+
     def unlooped() -> Finished:
         """Stopped by the clock, before the loop would begin."""
         knobs = dict(ENABLE_LOOPING_AT=2, ITERATIONS=100_000, MAX_WALLCLOCK_SECONDS=5, GPTQ_RESERVE_SECONDS=3)
         knobs |= dict(VAL_LOSS_EVERY=0, PHASED_TTT_PREFIX_DOCS=1)
         return run(place.root / "unlooped", place.data, UNMINIFIED, **knobs)
 
-    return together({
+    runs = together({
         "unlooped": unlooped,
         "submission": submission,
         "calibrate": lambda: stage("calibrate", "01_weights.pt", TTT_ENABLED=0),
@@ -354,6 +357,7 @@ def variants(place: Place, full: Finished) -> dict[str, Finished]:
         "checkpoint": checkpoint,
         "too large": too_large,
     })  # fmt: skip
+    return runs | {"too large still": too_large_still(runs["too large"].folder)}
 
 
 def test_the_submission_reproduces_the_score_on_its_own(
@@ -422,6 +426,9 @@ def test_too_many_bytes_are_an_error_after_the_score(variants: dict[str, Finishe
     assert f"ERROR: the submission is {large.result['total_bytes'] - 1000} bytes over 1000:" in large.output
     assert f"| artifact bytes | {large.result['total_bytes']} | 1000 | FAIL |" in large.output
     assert large.result["bpb_quantized"] > 0
+    again = variants["too large still"]
+    assert again.code == 3
+    assert f"| artifact bytes | {large.result['total_bytes']} | 1000 | FAIL |" in again.output
 
 
 # ---- a loop that training never reached ------------------------------------------------------------------------------
