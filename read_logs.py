@@ -198,9 +198,8 @@ class Run:
 
     @property
     def partial(self) -> bool:
-        """Whether test-time training was told to score only some documents; a log without knobs names those changed."""
-        some = (self.knob("val_doc_fraction") or 1) < 1 or bool(self.settings.get("ttt_eval_batches"))
-        return some or bool({"VAL_DOC_FRACTION", "TTT_EVAL_BATCHES"} & set(self.changed or ()))
+        """Whether test-time training was told to score only some documents."""
+        return (self.knob("val_doc_fraction") or 1) < 1 or bool(self.settings.get("ttt_eval_batches"))
 
     @property
     def ends_quantized(self) -> bool:
@@ -638,28 +637,29 @@ def remarks(run: Run) -> list[str]:
 
 # What may differ between runs that count as one configuration.
 LOCAL_SETTINGS = {"seed", "preset", "run_id", "run_dir", "artifact_dir", "from_stage", "resume", "checkpoint_every",
-                  "save_pre_gptq", "eval_only_checkpoint", "eval_only_artifact", "data_dir", "datasets_dir",
-                  "data_path", "tokenizer_path", "train_files", "val_files", "val_bytes_files", "train_log_every",
-                  "logfile", "model_path", "quantized_model_path", "rank", "local_rank", "is_main_process",
-                  "distributed"}  # fmt: skip
+                  "save_pre_gptq", "eval_only_checkpoint", "eval_only_artifact", "hotstart_fp_ckpt", "data_dir",
+                  "datasets_dir", "data_path", "tokenizer_path", "train_files", "val_files", "val_bytes_files",
+                  "train_log_every", "logfile", "model_path", "quantized_model_path", "rank", "local_rank",
+                  "is_main_process", "distributed"}  # fmt: skip
 
 
 def settings_that_differ(runs: Sequence[Run]) -> list[str]:
     """Settings, with their values, in which runs differ; runs whose log does not print them cannot be told apart.
 
-    If a log says only what is not the default, the others are asked for the same.
+    Logs that print all settings are compared with each other, and if one prints only what is not the default, all that
+    print that are, too. Test-time training that no run does may have any settings.
     """
     brief = any(run.changed is not None and not run.hyper for run in runs)
-    if brief:
-        known, absent = [run.not_default for run in runs if run.changed is not None], "(default)"
-    else:
-        known, absent = [run.hyper for run in runs if run.hyper], "(none)"
-    said = []
-    for name in sorted({name for settings in known for name in settings} - LOCAL_SETTINGS):
-        values = list(dict.fromkeys(number_of(settings.get(name, absent)) for settings in known))
-        if len(values) > 1:
-            said.append(f"{name.upper()}: {' / '.join(map(str, values))}")
-    return said
+    full = [run.hyper for run in runs if run.hyper]
+    changed = [run.not_default for run in runs if run.changed is not None] if brief else []
+    idle = ("ttt_", "phased_ttt_", "global_ttt_") if all(run.ends_quantized for run in runs) else ()
+    said: dict[str, str] = {}
+    for known, absent in ((full, "(none)"), (changed, "(default)")):
+        for name in sorted({name for settings in known for name in settings} - LOCAL_SETTINGS):
+            values = list(dict.fromkeys(number_of(settings.get(name, absent)) for settings in known))
+            if len(values) > 1 and not name.startswith(idle):
+                said.setdefault(name, f"{name.upper()}: {' / '.join(map(str, values))}")
+    return [said[name] for name in sorted(said)]
 
 
 def same_text(a: Run, b: Run) -> bool:
@@ -714,8 +714,9 @@ def no_common_mean(runs: Sequence[Run]) -> str | None:
     if differ := settings_that_differ(runs):
         return f"mixed configurations ({', '.join(differ[:3])}{', ...' if len(differ) > 3 else ''})"
     for a, b in itertools.combinations(runs, 2):
-        if a.bpb_quantized is not None and a.bpb_quantized == b.bpb_quantized:
-            return f"{a.name} and {b.name} score one artifact"
+        scores = [run.bpb_quantized and round(run.bpb_quantized, 8) for run in (a, b)]  # a log's digits
+        if scores[0] is not None and scores[0] == scores[1] and a.seed == b.seed:
+            return f"{a.name} and {b.name} score one artifact with one seed"
     return None
 
 
@@ -1343,7 +1344,7 @@ def as_data(runs: Sequence[Run], tables: Sequence[Table]) -> dict[str, Any]:
     rows = []
     for run in runs:
         row = {name: value for name, value in vars(run).items() if isinstance(value, plain)}
-        row |= {"state": run.state, "bytes_per_token": run.bytes_per_token, "stages": run.stages, "settings": run.hyper}
+        row |= {name: getattr(run, name) for name in ("state", "bytes_per_token", "stages", "settings")}
         for part, looped in (("before_loop", False), ("after_loop", True)):
             row |= {f"step_ms_{part}": run.step_ms(looped), f"tokens_per_second_{part}": run.rate(looped)}
         rows.append(row | {"errors": errors(run), "remarks": remarks(run), "refusals": run.refusals})

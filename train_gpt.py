@@ -5151,16 +5151,13 @@ def build_submission(folder: Path, artifact: bytes, cfg: Config) -> dict[str, in
     code = Path(started).read_bytes() if IS_SUBMISSION else self_extracting(minify(specialized(source, cfg)))
     write_atomically(folder / "train_gpt.py", lambda f: f.write(code))
     write_atomically(folder / ARTIFACT_NAME, lambda f: f.write(artifact))
-    return {"source_bytes": len(source.encode())} | submission_bytes(folder)
+    return {"source_bytes": len(source.encode())} | submission_bytes(folder, artifact)
 
 
-def submission_bytes(folder: Path) -> dict[str, int]:
-    """What counts: the bytes of the code, of the artifact and of both; nothing where one is missing."""
-    code, artifact = folder / "train_gpt.py", folder / ARTIFACT_NAME
-    if not (code.is_file() and artifact.is_file()):
-        return {}
-    sizes = {"code_bytes": code.stat().st_size, "artifact_bytes": artifact.stat().st_size}
-    return sizes | {"total_bytes": sum(sizes.values())}
+def submission_bytes(folder: Path, artifact: bytes) -> dict[str, int]:
+    """What counts: the bytes of the code in `folder`, of the artifact and of both."""
+    code = (folder / "train_gpt.py").stat().st_size
+    return {"code_bytes": code, "artifact_bytes": len(artifact), "total_bytes": code + len(artifact)}
 
 
 ARTIFACT_NAME = "final_model.int6.ptz"
@@ -6029,8 +6026,10 @@ def pipeline(cfg: Config, run: Run) -> dict[str, Any]:
     if cfg.float_checkpoint:
         model = checkpoint_model(cfg, run)
     elif not makes:
-        model = model_from_artifact(cfg, run, artifact_to_score(cfg, run))
-        result.update(run.alone(lambda: submission_bytes(run.folder / "submission")) if cfg.from_stage else {})
+        blob = artifact_to_score(cfg, run)
+        model = model_from_artifact(cfg, run, blob)
+        if cfg.from_stage:
+            result.update(run.alone(lambda: earlier_figures(run, blob)))
     open_folder(run)  # what is refused has been refused: nothing was written before
     describe_run(cfg, run, val)
     for switch in switches(cfg):
@@ -6047,6 +6046,22 @@ def pipeline(cfg: Config, run: Run) -> dict[str, Any]:
     return result
 
 
+def earlier_figures(run: Run, artifact: bytes) -> dict[str, Any]:
+    """Bytes and seconds of the stages that made this artifact, where their files are: budgets hold for it, too."""
+    code = run.folder / "submission" / "train_gpt.py"
+    figures = submission_bytes(code.parent, artifact) if code.is_file() else {}
+    try:
+        coded = torch.load(run.folder / "03_coded.pt", "cpu", mmap=True, weights_only=True)
+    except Exception:  # missing, or damaged in one of many ways: scoring needs the artifact alone
+        return figures
+    return figures | figures_of(coded)
+
+
+def figures_of(coded: Mapping[str, Any]) -> dict[str, Any]:
+    """What 03_coded.pt knows of the stages before it."""
+    return {k: coded[k] for k in (*TRAINED, "calibrate_seconds") if coded.get(k) is not None}
+
+
 def make_artifact(
     cfg: Config, run: Run, val: ValidationSet, result: dict[str, Any], at: int, model: GPT | None
 ) -> bytes:
@@ -6055,12 +6070,9 @@ def make_artifact(
     model: that of a float checkpoint.
     """
     if at == STAGES.index("pack"):
-        state = load_stage_file(cfg, run, "03_coded.pt", "FROM_STAGE=pack", CODED_FIELDS)
-        result.update({k: state[k] for k in (*TRAINED, "calibrate_seconds") if state.get(k) is not None})
-        coded = {
-            k: Coded(*(p.cpu() if isinstance(p, Tensor) else p for p in parts)) for k, parts in state["coded"].items()
-        }
-        return pack_stage(cfg, run, coded, result)
+        state = load_stage_file(cfg, run, "03_coded.pt", "FROM_STAGE=pack", CODED_FIELDS, map_location="cpu")
+        result.update(figures_of(state))
+        return pack_stage(cfg, run, {k: Coded(*parts) for k, parts in state["coded"].items()}, result)
     if model:
         run.log(f"EVAL_ONLY_BYPASS: loading {cfg.float_checkpoint}, skipping training")
         run.log(f"EVAL_ONLY_BYPASS: model loaded, compiled, looping_active={model.looped > 0}")
@@ -7024,6 +7036,6 @@ class Audit:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] and hasattr(signal, "SIGPIPE"):
+    if not IS_SUBMISSION and sys.argv[1:] and hasattr(signal, "SIGPIPE"):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # for `--help | head`
     sys.exit(main())

@@ -429,6 +429,21 @@ def test_too_many_bytes_are_an_error_after_the_score(variants: dict[str, Finishe
     again = variants["too large still"]
     assert again.code == 3
     assert f"| artifact bytes | {large.result['total_bytes']} | 1000 | FAIL |" in again.output
+    assert "| train + calibration seconds | " in again.output
+
+
+def test_a_later_stage_counts_what_it_scores_and_the_seconds_before(tmp_path: Path) -> None:
+    run = LoneRun(tmp_path)
+    assert train_gpt.earlier_figures(run, b"artifact") == {}
+    (tmp_path / "submission").mkdir()
+    (tmp_path / "submission" / "train_gpt.py").write_bytes(b"code")
+    (tmp_path / "submission" / ARTIFACT_NAME).write_bytes(b"old")  # of a run that was killed before it wrote its own
+    sizes = {"code_bytes": 4, "artifact_bytes": 8, "total_bytes": 12}
+    (tmp_path / "03_coded.pt").write_bytes(b"damaged")
+    assert train_gpt.earlier_figures(run, b"artifact") == sizes
+    torch.save({"coded": {}, "steps": 7, "train_seconds": 599.0, "looped": 2, "calibrate_seconds": None},
+               tmp_path / "03_coded.pt")  # fmt: skip
+    assert train_gpt.earlier_figures(run, b"artifact") == sizes | {"steps": 7, "train_seconds": 599.0, "looped": 2}
 
 
 # ---- a loop that training never reached ------------------------------------------------------------------------------

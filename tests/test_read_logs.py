@@ -399,10 +399,34 @@ def test_console_logs_of_other_knobs_have_no_mean(tmp_path: Path) -> None:
     assert note == "No mean: mixed configurations (EMBED_BITS: (default) / 8)."
 
 
-def test_scores_of_one_artifact_have_no_mean(tmp_path: Path) -> None:
-    scored = [line for line in console_log("SEED=42") if "train_loss" not in line]
-    logs = [write(tmp_path / f"{name}.log", scored) for name in ("one", "two")]
-    assert report(*read_logs.read_all(logs))["Scores"].note == "No mean: one and two score one artifact."
+def test_a_console_log_hides_no_difference_of_full_ones(tmp_path: Path) -> None:
+    bits = [write(tmp_path / f"a_s{n}.log", public_log(n, n / 1e4, embed_bits=n)) for n in (7, 8)]
+    brief = write(tmp_path / "b_s5.log", console_log("SEED=5", seed=5, shift=5e-4))
+    note = report(*read_logs.read_all([*bits, brief]))["Scores"].note
+    assert note == "No mean: mixed configurations (EMBED_BITS: 7 / 8)."
+
+
+def test_knobs_of_what_no_run_does_and_where_weights_lie_make_no_other_configuration(tmp_path: Path) -> None:
+    knobs = {
+        1: "HOTSTART_FP_CKPT=a TTT_ENABLED=False PHASED_TTT_PREFIX_DOCS=200",
+        2: "HOTSTART_FP_CKPT=b TTT_ENABLED=False",
+    }
+    runs = [read(write(tmp_path / f"a_s{n}.log", console_log(text, seed=n))) for n, text in knobs.items()]
+    assert read_logs.settings_that_differ(runs) == []
+    runs[1].changed = {"HOTSTART_FP_CKPT": "b"}
+    assert read_logs.settings_that_differ(runs)[0] == "PHASED_TTT_PREFIX_DOCS: 200 / (default)"
+
+
+def test_scores_of_one_artifact_with_one_seed_have_no_mean(tmp_path: Path) -> None:
+    def table(*seeds: int) -> read_logs.Table:
+        scored = [[line for line in console_log(f"SEED={s}") if "train_loss" not in line] for s in seeds]
+        logs = [write(tmp_path / f"{name}.log", lines) for name, lines in zip(("one", "two"), scored, strict=True)]
+        runs = read_logs.read_all(logs)
+        runs[0].bpb_quantized += 1e-10  # a file of metrics has more digits than a log
+        return report(*runs)["Scores"]
+
+    assert table(42, 42).note == "No mean: one and two score one artifact with one seed."
+    assert not table(42, 0).note  # the spread of the adapters' seeds
 
 
 def test_edited_copies_are_noticed_by_their_losses(tmp_path: Path) -> None:
