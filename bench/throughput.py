@@ -85,11 +85,10 @@ class Sizes(NamedTuple):
     population: int  # documents that TTT batches are planned for; a few of those batches run
     ttt_tokens: int  # in those
     long_documents: int
-    long_chunks: int  # that long documents go on beyond a full window
 
 
-FULL = Sizes(20, 10, 5, 50_000, 250_000, 104, 16)
-SMALL = Sizes(3, 3, 1, 40, 1_500, 6, 2)
+FULL = Sizes(20, 10, 5, 50_000, 250_000, 104)
+SMALL = Sizes(3, 3, 1, 40, 1_500, 6)
 
 
 class LoneRun(Run):
@@ -115,7 +114,6 @@ class Bench:
     sizes: Sizes
     seed: int = 0
     compile_spec: bool = False
-    ttt_whole: bool = False
     ceilings: dict[str, float] = field(default_factory=dict)  # TF/s and TB/s, once measured
 
     @property
@@ -748,27 +746,6 @@ def long_batches(b: Bench) -> list[list[int]]:
     return [lengths[i : i + size] for i in range(0, len(lengths), size)]
 
 
-def long_rows(b: Bench, scorer: TestTimeScorer) -> list[Row]:
-    """Long documents, cut: the rate until the window is full and the rate from then on give that of whole documents.
-
-    The estimate takes it that a finished document makes room for another; --ttt-whole measures instead, in minutes.
-    """
-    batches, full = long_batches(b), b.cfg.ttt_eval_seq_len
-    if b.ttt_whole:
-        return [ttt_row(b, scorer, "long, whole", batches)]
-    n, more = len(batches[0]), b.sizes.long_chunks * b.cfg.ttt_chunk_size
-    rows = [ttt_row(b, scorer, f"long, first {cut} tokens", [[cut] * n]) for cut in (full, full + more)]
-    ramp, both = (row["seconds"] / n for row in rows)  # seconds per document
-    beyond = max(both - ramp, 1e-9) / more  # seconds per token
-    lengths = [length for batch in batches for length in batch]
-    spent = sum(ramp + beyond * (length - full) for length in lengths)
-    rows.append({"documents": "long, at the full window", "number": n, "mean tokens": more,
-                 "seconds": n * more * beyond, "tok/s": 1 / beyond})  # fmt: skip
-    rows.append({"documents": "long, whole (estimate)", "number": len(lengths),
-                 "mean tokens": statistics.mean(lengths), "seconds": spent, "tok/s": sum(lengths) / spent})  # fmt: skip
-    return rows
-
-
 def ttt(b: Bench) -> Part:
     """Test-time training with the loop on: warm-up, documents as in FineWeb, long documents."""
     model = random_model(b).requires_grad_(False)
@@ -789,7 +766,7 @@ def ttt(b: Bench) -> Part:
         rows.append({"part": f"recording {number} shapes, on the clock", "seconds": time.perf_counter() - begin})
     yield "ttt warm-up", rows
     yield "ttt", [ttt_row(b, scorer, "as in FineWeb", batches)]
-    yield "ttt long", long_rows(b, scorer)
+    yield "ttt long", [ttt_row(b, scorer, "long", long_batches(b))]
 
 
 # ---- quantization ----------------------------------------------------------------------------------------------------
@@ -924,16 +901,16 @@ TARGETS = (
     Target("step less its micro-batches, loop off, ms", "step", {"loop": "off"}, "difference ms", "4.2 and more", 8, 4),
     Target("step less its micro-batches, loop on, ms", "step", {"loop": "on"}, "difference ms", "4.2 and more", 8, 4),
     Target("TTT, as in FineWeb, tok/s", "ttt", {"documents": "as in FineWeb"}, "tok/s", "15,000", 30_000, 100_000),
-    Target("TTT, long documents, tok/s", "ttt long", {"documents": "long, whole"}, "tok/s", "2,500", 20_000, 100_000),
+    Target("TTT, long documents, tok/s", "ttt long", {"documents": "long"}, "tok/s", "2,500", 20_000, 100_000),
     Target("TTT warm-up, s", "ttt warm-up", {"part": "warm_up_ttt"}, "seconds", "198", 60, 20),
     Target("GPTQ of all matrices, s", "gptq", {}, "seconds", "10 to 12", 5, 2),
 )  # fmt: skip
 
 
 def measured(results: Tables, target: Target) -> float | None:
-    """The figure of a target; the row's labels need only begin with those wanted."""
+    """The figure of a target."""
     for row in results.get(target.table, []):
-        if all(str(row[k]).startswith(v) for k, v in target.where.items()):
+        if all(row[k] == v for k, v in target.where.items()):
             return row[target.column]
     return None
 
@@ -1011,7 +988,6 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the tables there")
     parser.add_argument("--seed", type=int, default=0, help="of documents and weights (default 0)")
     parser.add_argument("--compile", action="store_true", help="torch.compile the specifications of the kernels")
-    parser.add_argument("--ttt-whole", action="store_true", help="score the long documents to their end: minutes")
     args = parser.parse_args(argv)
     if unknown := set(args.parts) - set(PARTS):
         parser.error(f"no part {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
@@ -1029,7 +1005,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     if small:  # the tensors are tiny, and beside other processes threads wait for one another, up to ten times as long
         torch.set_num_threads(1)
-    b = set_up(cfg, SMALL if small else FULL, seed=args.seed, compile_spec=args.compile, ttt_whole=args.ttt_whole)
+    b = set_up(cfg, SMALL if small else FULL, seed=args.seed, compile_spec=args.compile)
     about = machine(b)
     print("\n".join(f"{key}: {value}" for key, value in about.items()), flush=True)
     show = lambda table, rows: print(markdown(TITLES[table], rows), flush=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -103,6 +104,26 @@ def test_windows_score_every_target_once_with_all_context_that_fits(n: int, chun
         assert w.start >= 0
         assert w.start == 0 or w.length == context, "context is only cut when it is full"
     assert all(w.count == chunk for w in rows[:-1])
+
+
+# ---- which documents of a batch go on --------------------------------------------------------------------------------
+@settings(max_examples=200, deadline=None)
+@given(lengths=st.lists(st.integers(1, 200), min_size=1, max_size=70), cached=st.booleans())
+def test_a_batch_shrinks_and_every_window_comes_once(lengths: list[int], cached: bool) -> None:
+    scorer = SimpleNamespace(cfg=tiny_config(**SMALL), cached=cached)
+    docs = [Document(1000 * i, n) for i, n in enumerate(lengths)]
+    rows, seen = [*range(len(docs))], {d: [] for d in docs}
+    for i, (kept, parts) in enumerate(Scorer.schedule(scorer, docs)):
+        rows = rows if kept is None else [rows[at] for at in kept]
+        assert [docs[r] for r in rows] == [d for d, *_ in parts]
+        active = [(d, w, more) for d, w, more in parts if w is not None]
+        for d, w, more in active:
+            seen[d].append(w)
+            assert more == (CHUNK * (i + 1) < d.n_targets)
+        assert len(parts) < max(2 * len(active), 3)
+        if not cached and CHUNK * i >= CONTEXT:
+            assert len(parts) <= max(1.25 * len(active), 2)
+    assert seen == {d: windows(d.n_targets, CHUNK, 0 if cached else CONTEXT) for d in docs}
 
 
 # ---- phases ----------------------------------------------------------------------------------------------------------
