@@ -534,7 +534,7 @@ def micro(b: Bench) -> Part:
     yield "micro", rows
     rows = []
     for loop, model.looped in LOOPS.items():
-        rows += profile(b, work, loop)
+        rows += [{"loop": loop, **row} for row in profile(b, work)]
     yield "profile", rows
 
 
@@ -564,21 +564,42 @@ def kernel_class(name: str) -> str:
     return next((label for label, words in KERNEL_CLASSES if re.search(words, name, re.I)), "other")
 
 
+def gpu_events(recorded: torch.profiler.profile) -> Iterator[Any]:
+    for e in recorded.events():
+        if e.device_type == torch.autograd.DeviceType.CUDA and not getattr(e, "is_user_annotation", False):
+            yield e
+
+
 def device_times(run: Run, recorded: torch.profiler.profile) -> Iterator[tuple[str, float, int]]:
     """(name, milliseconds, launches): kernels of the GPU, or operators without what they call."""
     if run.device.type == "cuda":
-        for e in recorded.events():
-            if e.device_type == torch.autograd.DeviceType.CUDA and not getattr(e, "is_user_annotation", False):
-                yield e.name, e.time_range.elapsed_us() / 1e3, 1
+        for e in gpu_events(recorded):
+            yield e.name, e.time_range.elapsed_us() / 1e3, 1
     else:
         for e in recorded.key_averages():
             yield e.key, e.self_cpu_time_total / 1e3, e.count
 
 
-def profile(b: Bench, work: Callable[[], object], loop: str, repeats: int = 2) -> list[Row]:
-    """Kernel time and launches of one micro-batch by class."""
-    cuda = b.device.type == "cuda"
+def idle_time(recorded: torch.profiler.profile) -> float:
+    """Milliseconds between the first and the last kernel of the GPU in which none runs."""
+    spans = sorted((e.time_range.start, e.time_range.end) for e in gpu_events(recorded))
+    idle, until = 0.0, math.inf
+    for start, end in spans:
+        idle += max(start - until, 0.0)
+        until = end if until == math.inf else max(until, end)
+    return idle / 1e3
+
+
+def profile(b: Bench, work: Callable[[], object]) -> list[Row]:
+    """Kernel time and launches of `work` by class, and the time between kernels.
+
+    As many runs before it as in it: under load a GPU slows down to keep its power limit, an H200 to 1,700 MHz at 690 W,
+    and the first runs are up to a tenth faster than those that are timed.
+    """
+    cuda, repeats = b.device.type == "cuda", b.sizes.micro_repeats
     activity = torch.profiler.ProfilerActivity.CUDA if cuda else torch.profiler.ProfilerActivity.CPU
+    for _ in range(repeats):
+        work()
     b.run.sync()
     with torch.profiler.profile(activities=[activity]) as recorded:
         for _ in range(repeats):
@@ -591,8 +612,11 @@ def profile(b: Bench, work: Callable[[], object], loop: str, repeats: int = 2) -
         entry[1] += launches / repeats
     total = [sum(column) for column in zip(*sums.values(), strict=True)]
     ordered = sorted(sums.items(), key=lambda item: -item[1][0])
-    return [{"loop": loop, "class": label, "ms": ms, "share": ms / max(total[0], 1e-9), "launches": round(launches)}
+    rows = [{"class": label, "ms": ms, "share": ms / max(total[0], 1e-9), "launches": round(launches)}
             for label, (ms, launches) in [*ordered, ("all", total)]]  # fmt: skip
+    if cuda:
+        rows.append({"class": "between kernels", "ms": idle_time(recorded) / repeats, "share": None, "launches": None})
+    return rows
 
 
 # ---- optimizer step --------------------------------------------------------------------------------------------------
@@ -746,8 +770,26 @@ def long_batches(b: Bench) -> list[list[int]]:
     return [lengths[i : i + size] for i in range(0, len(lengths), size)]
 
 
+def ttt_profile(b: Bench, scorer: TestTimeScorer, lengths: Sequence[int]) -> list[Row]:
+    """Of one chunk at the full window, scored and learned from."""
+    val, documents = text_of(b, lengths)
+    scorer = scorer.over(val)
+    scorer.restart(len(documents))
+    if cache := scorer.cache:  # as full as it gets
+        cache.seen = cache.room
+        cache.place.fill_(cache.room)
+    full = math.ceil(b.cfg.ttt_eval_seq_len / b.cfg.ttt_chunk_size)
+    _, parts = next(itertools.islice(scorer.schedule(documents), full, None))
+    chunk = scorer.gather(parts)
+
+    def work() -> None:
+        scorer.update(chunk, scorer.score_chunk(chunk, scorer.adapters, cache))
+
+    return [{"documents": len(parts), "window": chunk.inputs.size(1), **row} for row in profile(b, work)]
+
+
 def ttt(b: Bench) -> Part:
-    """Test-time training with the loop on: warm-up, documents as in FineWeb, long documents."""
+    """Test-time training with the loop on: warm-up, documents as in FineWeb, long documents, profile."""
     model = random_model(b).requires_grad_(False)
     model.looped = b.cfg.num_loops > 0
     batches = fineweb_batches(b)
@@ -767,6 +809,7 @@ def ttt(b: Bench) -> Part:
     yield "ttt warm-up", rows
     yield "ttt", [ttt_row(b, scorer, "as in FineWeb", batches)]
     yield "ttt long", [ttt_row(b, scorer, "long", long_batches(b))]
+    yield "ttt profile", ttt_profile(b, scorer, long_batches(b)[0])
 
 
 # ---- quantization ----------------------------------------------------------------------------------------------------
@@ -876,6 +919,7 @@ TITLES = {
     "ttt warm-up": "Test-time training, before the first score (kernels already cached are not built again)",
     "ttt": "Test-time training, a few of the batches of documents as in FineWeb",
     "ttt long": "Test-time training, long documents",
+    "ttt profile": "Kernel time of a chunk of test-time training at the full window by class",
     "gptq": "GPTQ of all matrices",
 }
 
