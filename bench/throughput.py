@@ -564,16 +564,17 @@ def kernel_class(name: str) -> str:
     return next((label for label, words in KERNEL_CLASSES if re.search(words, name, re.I)), "other")
 
 
-def gpu_events(recorded: torch.profiler.profile) -> Iterator[Any]:
-    for e in recorded.events():
-        if e.device_type == torch.autograd.DeviceType.CUDA and not getattr(e, "is_user_annotation", False):
-            yield e
+def late_kernels(recorded: torch.profiler.profile) -> list[Any]:
+    """What ran on the GPU in the second half of equal runs, by its start."""
+    cuda = torch.autograd.DeviceType.CUDA
+    events = [e for e in recorded.events() if e.device_type == cuda and not getattr(e, "is_user_annotation", False)]
+    return sorted(events, key=lambda e: e.time_range.start)[len(events) // 2 :]
 
 
 def device_times(run: Run, recorded: torch.profiler.profile) -> Iterator[tuple[str, float, int]]:
-    """(name, milliseconds, launches): kernels of the GPU, or operators without what they call."""
+    """(name, milliseconds, launches): late kernels of the GPU, or operators without what they call."""
     if run.device.type == "cuda":
-        for e in gpu_events(recorded):
+        for e in late_kernels(recorded):
             yield e.name, e.time_range.elapsed_us() / 1e3, 1
     else:
         for e in recorded.key_averages():
@@ -581,28 +582,25 @@ def device_times(run: Run, recorded: torch.profiler.profile) -> Iterator[tuple[s
 
 
 def idle_time(recorded: torch.profiler.profile) -> float:
-    """Milliseconds between the first and the last kernel of the GPU in which none runs."""
-    spans = sorted((e.time_range.start, e.time_range.end) for e in gpu_events(recorded))
+    """Milliseconds between the first and the last of the late kernels in which nothing runs on the GPU."""
     idle, until = 0.0, math.inf
-    for start, end in spans:
-        idle += max(start - until, 0.0)
-        until = end if until == math.inf else max(until, end)
+    for e in late_kernels(recorded):
+        idle += max(e.time_range.start - until, 0.0)
+        until = e.time_range.end if until == math.inf else max(until, e.time_range.end)
     return idle / 1e3
 
 
 def profile(b: Bench, work: Callable[[], object]) -> list[Row]:
     """Kernel time and launches of `work` by class, and the time between kernels.
 
-    As many runs before it as in it: under load a GPU slows down to keep its power limit, an H200 to 1,700 MHz at 690 W,
-    and the first runs are up to a tenth faster than those that are timed.
+    On a GPU of the second half of twice as many runs: under load it slows down to keep its power limit, an H200 to
+    1,700 MHz at 690 W, and the first runs are faster than those that are timed.
     """
     cuda, repeats = b.device.type == "cuda", b.sizes.micro_repeats
     activity = torch.profiler.ProfilerActivity.CUDA if cuda else torch.profiler.ProfilerActivity.CPU
-    for _ in range(repeats):
-        work()
     b.run.sync()
     with torch.profiler.profile(activities=[activity]) as recorded:
-        for _ in range(repeats):
+        for _ in range(2 * repeats if cuda else repeats):
             work()
         b.run.sync()
     sums: dict[str, list[float]] = {}
@@ -771,7 +769,7 @@ def long_batches(b: Bench) -> list[list[int]]:
 
 
 def ttt_profile(b: Bench, scorer: TestTimeScorer, lengths: Sequence[int]) -> list[Row]:
-    """Of one chunk at the full window, scored and learned from."""
+    """Of one chunk at the full window, scored and learned from; without Tap-In."""
     val, documents = text_of(b, lengths)
     scorer = scorer.over(val)
     scorer.restart(len(documents))
@@ -783,9 +781,11 @@ def ttt_profile(b: Bench, scorer: TestTimeScorer, lengths: Sequence[int]) -> lis
     chunk = scorer.gather(parts)
 
     def work() -> None:
-        scorer.update(chunk, scorer.score_chunk(chunk, scorer.adapters, cache))
+        scorer.learn_chunk(chunk, scorer.score_chunk(chunk, scorer.adapters, cache))
+        if cache:
+            cache.commit()
 
-    return [{"documents": len(parts), "window": chunk.inputs.size(1), **row} for row in profile(b, work)]
+    return [{"documents": len(parts), "inputs": chunk.inputs.size(1), **row} for row in profile(b, work)]
 
 
 def ttt(b: Bench) -> Part:

@@ -204,23 +204,26 @@ def gpu_event(name: str, start: float, end: float, kind: KINDS = KINDS.CUDA, not
     return SimpleNamespace(name=name, device_type=kind, is_user_annotation=note, time_range=span)
 
 
-def test_profile_of_a_gpu_counts_its_kernels_alone() -> None:
-    """Host-side operators and the ranges that torch.compile marks on the device are no kernels."""
+def test_profile_of_a_gpu_counts_its_late_kernels_alone() -> None:
+    """Not the first half of the runs, host-side operators or the ranges that torch.compile marks on the device."""
     run = throughput.LoneRun(0, 1, torch.device("cuda"), torch.bfloat16, None)
     events = [
-        gpu_event("nvjet_x", 10.0, 1510.0),
+        gpu_event("Memset (Device)", 2600.0, 3100.0),
+        gpu_event("nvjet_x", 1010.0, 2510.0),
+        gpu_event("nvjet_x", 0.0, 300.0),
         gpu_event("aten::mm", 0.0, 9e9, KINDS.CPU),
         gpu_event("## Call CompiledFxGraph ##", 0.0, 9e9, note=True),
-        gpu_event("Memset (Device)", 1600.0, 2100.0),
+        gpu_event("Memset (Device)", 400.0, 900.0),
     ]
     recorded = SimpleNamespace(events=lambda: events)
     assert [*throughput.device_times(run, recorded)] == [("nvjet_x", 1.5, 1), ("Memset (Device)", 0.5, 1)]
 
 
-def test_idle_time_of_a_gpu_counts_what_no_kernel_covers() -> None:
+def test_idle_time_of_a_gpu_counts_what_no_late_kernel_covers() -> None:
     """In any order, one inside another, two side by side; nothing before the first or after the last."""
     spans = [(9000.0, 9500.0), (1000.0, 4000.0), (1500.0, 2000.0), (3500.0, 5000.0), (7000.0, 9000.0)]
-    recorded = SimpleNamespace(events=lambda: [gpu_event("k", *span) for span in spans])
+    early = [(100.0 * i, 100.0 * i + 1) for i in range(5)]
+    recorded = SimpleNamespace(events=lambda: [gpu_event("k", *span) for span in spans + early])
     assert throughput.idle_time(recorded) == 2.0
     assert throughput.idle_time(SimpleNamespace(events=list)) == 0.0
 
