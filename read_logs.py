@@ -534,8 +534,9 @@ class Gate(NamedTuple):
 
 
 def gates(run: Run) -> list[Gate]:
-    """The budgets. Calibration reads training text, so its seconds belong to training."""
-    training = None if run.train_seconds is None else run.train_seconds + (run.calibrate_seconds or 0)
+    """The budgets. Calibration reads training text, so its seconds belong to training, if that has a limit at all."""
+    timed = run.train_seconds is not None and run.knob("max_wallclock_seconds") != 0
+    training = run.train_seconds + (run.calibrate_seconds or 0) if timed else None
     return [
         Gate("bytes", run.total_bytes, SIZE_LIMIT),
         Gate("train s", training, SECONDS_LIMIT),

@@ -650,6 +650,14 @@ def test_failed_budgets_stand_in_the_table(tmp_path: Path) -> None:
     assert report(run)["Size and budgets"].rows[1][-1] == "FAIL: eval s 605.5 > 600"
 
 
+@pytest.mark.parametrize(("limit", "said"), [(600.0, ["over budget: train s 601.5 > 600"]), (0.0, [])])
+def test_seconds_of_training_count_where_they_are_limited(tmp_path: Path, limit: float, said: list[str]) -> None:
+    text = changed(public_log(max_wallclock_seconds=limit), "cap train_time: .*ms", "cap train_time: 598000ms")
+    run = read(write(tmp_path / "a.log", text))
+    assert run.train_seconds == 598 and read_logs.errors(run) == said
+    assert report(run)["Size and budgets"].rows[1][-1] == ("FAIL: train s 601.5 > 600" if said else "pass")
+
+
 # ---- Pictures --------------------------------------------------------------------------------------------------------
 
 
