@@ -3997,7 +3997,7 @@ class MicroBatch:
 class GraphedMicroBatch(MicroBatch):
     """The same as one CUDA graph: launched one by one, its hundreds of kernels wait for Python.
 
-    On an H200 70.95 ms for 66.85 ms of kernels; on an H100 73.67 (with the loop 111.2), as a graph 72.77 (109.9).
+    On an H100 a micro-batch takes 73.67 ms (with the loop 111.2), as a graph 72.77 (109.9).
 
     The first micro-batch of a loop mode runs as it is and builds its kernels, the second is recorded; there is one
     graph at a time, which owns the memory of its activations. Its gradients are added to those of the parameters after
